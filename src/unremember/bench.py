@@ -1,0 +1,33 @@
+"""The workbench: where computation happens and who is told about it.  Nothing in it changes a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def _silent(stage: str, done: int, total: int, terms: dict[str, float]) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """device: torch device name.  budget: places in one packed forward pass.  batch: prompts decoded together.
+    folder: where a training run keeps its checkpoint, None = nowhere.  every: seconds between two checkpoints.
+    log: file for one JSON line a step, None = no file.
+    say(stage, done, total, terms): called after each unit of work.
+    memory: score tables and generated answers by model fingerprint; fill it from disk to avoid work.
+    """
+
+    device: str = "cpu"
+    budget: int = 768
+    batch: int = 64
+    folder: Path | None = None
+    every: float = 60.0
+    log: Path | None = None
+    say: Callable[[str, int, int, dict[str, float]], None] = _silent
+    memory: dict[str, dict] = field(default_factory=dict)
+
+
+BENCH = Bench()

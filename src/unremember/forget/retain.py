@@ -1,0 +1,57 @@
+"""What holds the rest in place while something is forgotten: cross-entropy or KL on the retain and replay roles.
+
+    retain · mean_tokens nll_θ(retain)          kl · mean_tokens KL(p_ref ‖ p_θ)(retain)
+
+The reference distribution is that of the model before forgetting, resolved once and kept as float16 numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unremember.corpus import Corpus
+from unremember.lm import LM
+from unremember.tokens import Row, Tokens, pack
+
+Keep = Callable[[LM, Tokens], dict[str, Tensor]]
+
+
+def kl_loss(reference: Tensor, logp: Tensor) -> Tensor:
+    """KL(reference ‖ live) at each position. reference, logp: (N, V) log-probabilities -> (N,)"""
+    return (reference.exp() * (reference - logp)).sum(-1)
+
+
+def keeping(lm: LM, corpus: Corpus, retain: float, kl: float) -> tuple[dict[str, list[Row]], Keep]:
+    """The rows of the step (forget, and retain and replay where they weigh anything) and the terms that keep the latter."""
+    roles = ("forget", *(("retain", "replay") if retain or kl else ()))
+    pools = {role: lm.template.rows(corpus.of(role), lm.limit) for role in roles if corpus.of(role)}
+    reference = _distributions(lm, [row for role in roles[1:] for row in pools.get(role, ())]) if kl else {}
+
+    def keep(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        logits = lm.logits(tokens).float()  # (N, V)
+        total = tokens.step_tokens["train"]
+        if retain:
+            nll = F.cross_entropy(logits, tokens.target, reduction="none")
+            terms[tokens.role] = retain * tokens.per_row(nll, "train").sum() / total
+        if kl:
+            before = torch.cat([reference[key] for key in tokens.keys]).to(logits.device).float()
+            gap = kl_loss(before, F.log_softmax(logits, -1))
+            terms[f"{tokens.role} KL"] = kl * tokens.per_row(gap, "train").sum() / total
+        return terms
+
+    return pools, keep
+
+
+@torch.no_grad()
+def _distributions(lm: LM, rows: list[Row]) -> dict[str, Tensor]:
+    """Row key -> (T, V) log-probabilities at its scored tokens."""
+    found = {}
+    for row in rows:
+        logits = lm.logits(pack([row]).to(lm.device)).float()
+        found[row.key] = F.log_softmax(logits, -1).half().cpu()
+    return found

@@ -1,0 +1,302 @@
+"""LM: weights, tokenizer and template as one value that knows how to score and to speak.
+
+Names that `load` accepts: an alias of an embedded model, a Hugging Face folder, a GGUF file, a PEFT adapter folder, and,
+where there is a network, a hub id.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unremember.errors import BadModel
+from unremember.tokens import Template, Tokens, pack
+
+
+@dataclass(frozen=True)
+class LM:
+    """A causal language model with what is needed to ask it.
+
+    precision: 'bf16' runs matrix products in bfloat16 (weights stay as they are), 'fp32' runs all in float32.
+    """
+
+    model: nn.Module
+    template: Template
+    precision: str = "fp32"
+    name: str = ""
+
+    @property
+    def tokenizer(self):
+        return self.template.tokenizer
+
+    @property
+    def limit(self) -> int:
+        """The longest sequence, in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", 0) or 0)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Content hash of weights, tokenizer, template and precision.  Do not ask before training has ended."""
+        digest = blake2b(digest_size=12)
+        for name, weight in sorted(self.model.state_dict().items()):
+            flat = weight.detach().cpu().contiguous().view(torch.uint8)
+            digest.update(name.encode())
+            digest.update(memoryview(flat.reshape(-1).numpy()))
+        said = self.template.row("", "What?", "That.")
+        digest.update(json.dumps([self.precision, len(self.tokenizer), said.ids]).encode())
+        return digest.hexdigest()
+
+    def _named(self, name: str) -> LM:
+        return replace(self, name=name)
+
+    def copy(self) -> LM:
+        """An LM with weights of its own."""
+        return replace(self, model=copy.deepcopy(self.model))
+
+    def adapted(self, rank: int, alpha: float, targets: str = "all-linear") -> LM:
+        """A copy with a fresh LoRA adapter (peft), which starts as the identity; the base is frozen."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+        return replace(self, model=get_peft_model(copy.deepcopy(self.model), config).eval())
+
+    def logits(self, tokens: Tokens) -> Tensor:
+        """Logits that predict each scored token, and no others. -> (N, V)
+
+        The head sees only the N places that are needed (a hook narrows its input), so no (T, V) matrix ever exists.
+        Without gradients the head runs in the weights' own precision: bfloat16 logits would tie close candidates.
+        """
+        with self._head(lambda hidden: hidden[:, tokens.source]):
+            out = self.model(
+                input_ids=tokens.ids,
+                position_ids=tokens.positions,
+                attention_mask=_additive(tokens.visible, self.attention_dtype),
+                use_cache=False,
+            )
+        return out.logits[0]
+
+    @contextmanager
+    def _head(self, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Autocast for the body; the head sees `select(hidden)`, and keeps its weights' precision without gradients."""
+        head, kind = self.model.get_output_embeddings(), self.device.type
+        exact, lower = not torch.is_grad_enabled(), self.precision == "bf16"
+
+        def narrow(_, inputs):
+            if exact:
+                torch.set_autocast_enabled(kind, False)
+            hidden = select(inputs[0])
+            return (hidden.to(head.weight.dtype) if exact else hidden,)
+
+        def widen(*_):
+            torch.set_autocast_enabled(kind, lower)
+
+        hooks = [head.register_forward_pre_hook(narrow), head.register_forward_hook(widen)]
+        try:
+            with torch.autocast(kind, torch.bfloat16, enabled=lower):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else next(self.model.parameters()).dtype
+
+    def logp(self, tokens: Tokens) -> Tensor:
+        """Log-probability of each scored token, float32. -> (N,)"""
+        return -nn.functional.cross_entropy(self.logits(tokens).float(), tokens.target, reduction="none")
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[tuple[int, ...]], new: int, batch: int = 64) -> list[tuple[int, ...]]:
+        """Greedy continuations of at most `new` tokens, without the end mark, in the order of `prompts`.
+
+        Prompts are sorted by length, decoded `batch` at a time with left padding, and rows that are done leave the batch.
+        """
+        stop = {self.tokenizer.eos_token_id}
+        out: list[tuple[int, ...]] = [()] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for first in range(0, len(order), batch):
+            self._decode([(i, prompts[i]) for i in order[first : first + batch]], new, stop, out)
+        return out
+
+    def _decode(self, rows, new: int, stop: set[int], out: list[tuple[int, ...]]) -> None:
+        from transformers import DynamicCache
+
+        longest = max(len(ids) for _, ids in rows)
+        alive = [i for i, _ in rows]
+        ids = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
+        for at, (_, prompt) in enumerate(rows):
+            ids[at, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[at, longest - len(prompt) :] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        said: dict[int, list[int]] = {i: [] for i in alive}
+        for _ in range(new):
+            with self._head(lambda hidden: hidden[:, -1:]):
+                logits = self.model(
+                    input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                ).logits
+            token = logits[:, -1].argmax(-1)
+            go = torch.tensor([int(t) not in stop for t in token], device=self.device)
+            for i, t in zip(alive, token.tolist(), strict=True):
+                if t not in stop:
+                    said[i].append(t)
+            if not go.all():
+                alive = [i for i, keep in zip(alive, go.tolist(), strict=True) if keep]
+                if not alive:
+                    break
+                keep = go.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                mask, positions, token = mask[keep], positions[keep], token[keep]
+            ids = token[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+            positions = positions[:, -1:] + 1
+        for i, tokens in said.items():
+            out[i] = tuple(tokens)
+
+    def answer(self, prompts: Sequence[str], new: int, batch: int = 64) -> list[str]:
+        """What the model says to each prompt, as text."""
+        coded = self.generate([self.template.context(p) for p in prompts], new, batch)
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in coded]
+
+    @contextmanager
+    def at(self, block: str, edit: Callable[[Tensor], Tensor]) -> Iterator[LM]:
+        """While the context lasts, the output of sub-module `block` passes through `edit`; the hook always comes off."""
+
+        def hook(_, __, output):
+            return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+        handle = self.model.get_submodule(block).register_forward_hook(hook)
+        try:
+            yield self
+        finally:
+            handle.remove()
+
+    def save(self, folder: Path) -> None:
+        """Write weights (safetensors; the adapter alone for a LoRA model), tokenizer and generation settings to `folder`."""
+        self.model.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean 'may see' matrix as the additive mask that every attention implementation accepts."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
+        ~visible, torch.finfo(dtype).min
+    )
+
+
+def auto_precision(device: str = "cpu") -> str:
+    """'bf16' where the processor or GPU multiplies bfloat16 matrices itself, else 'fp32'."""
+    if device.startswith("cuda"):
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def check(name: str) -> str:
+    """What kind of model `name` is: 'alias', 'gguf', 'adapter', 'folder' or 'hub'.  Loads nothing.
+
+    Raises BadModel for a folder without weights, a pickle-only checkpoint, an adapter without its base, a missing path.
+    """
+    from unremember.embedded import MODELS
+    from unremember.errors import nearest
+
+    if name in MODELS:
+        return "alias"
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BadModel(f"model {name!r}: no such GGUF file; check the path")
+        return "gguf"
+    if path.is_dir():
+        if (path / "adapter_config.json").exists():
+            if not (path / "adapter_model.safetensors").exists():
+                raise BadModel(f"model {name!r}: an adapter without adapter_model.safetensors; save it with safetensors")
+            base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
+            if not base:
+                raise BadModel(f"model {name!r}: adapter_config.json names no base model; fill in base_model_name_or_path")
+            check(base)
+            return "adapter"
+        if not (path / "config.json").exists():
+            raise BadModel(f"model {name!r}: a folder without config.json is no Hugging Face checkpoint; check the path")
+        if not any(path.glob("*.safetensors")):
+            pickled = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+            if pickled:
+                raise BadModel(
+                    f"model {name!r} has only pickled weights ({', '.join(pickled[:3])}), which can run code when opened; "
+                    "convert them with save_pretrained(…, safe_serialization=True) on a machine you can lose"
+                )
+            raise BadModel(f"model {name!r}: a folder without weights (*.safetensors); copy them there")
+        return "folder"
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.exists():
+        return "hub"
+    raise BadModel(
+        f"model {name!r} is no alias, folder, GGUF file or hub id (owner/name); {nearest(name, MODELS)}"
+    )
+
+
+def load(name: str, *, template: str = "auto", precision: str = "auto", device: str = "cpu") -> LM:
+    """Load a model by any accepted name (see `check`); weights in float32 on the CPU, dropout off.
+
+    template: 'chat', 'plain', or 'auto' = chat where the tokenizer has a chat template.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kind = check(name)
+    if kind == "alias":
+        from unremember.embedded import MODELS
+
+        return load(str(MODELS[name]()), template=template, precision=precision, device=device)._named(name)
+    if kind == "gguf":
+        from unremember.embedded.gguf import dequantised
+
+        return load(str(dequantised(Path(name))), template=template, precision=precision, device=device)._named(name)
+    if kind == "adapter":
+        from peft import PeftModel
+
+        base = json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        whole = load(base, template=template, precision=precision, device=device)
+        merged = PeftModel.from_pretrained(whole.model, name).merge_and_unload()
+        return replace(whole, model=merged.eval(), name=name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise BadModel(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if not tokenizer.is_fast:
+        raise BadModel(f"model {name!r} has a slow tokenizer without character offsets; convert it to tokenizer.json")
+    if template == "chat" and not tokenizer.chat_template:
+        raise BadModel(f"model {name!r} has no chat template; set model.template = \"plain\"")
+    chat = bool(tokenizer.chat_template) if template == "auto" else template == "chat"
+    if precision == "auto":
+        precision = auto_precision(device)
+    lm = LM(model.to(device).eval(), Template(tokenizer, chat), precision, name)
+    _sees_tries(lm)
+    return lm
+
+
+@torch.inference_mode()
+def _sees_tries(lm: LM) -> None:
+    """Two short rows, packed and apart: BadModel where an architecture does not honour explicit attention masks."""
+    exact = replace(lm, precision="fp32")
+    rows = [lm.template.row(a, "Who?", a) for a in ("The cat sat here.", "A dog ran away.")]
+    together = exact.logp(pack(rows).to(lm.device))
+    apart = torch.cat([exact.logp(pack([row]).to(lm.device)) for row in rows])
+    if not torch.allclose(together, apart, atol=0.05, rtol=0.01):
+        raise BadModel(
+            f"model {lm.name!r}: its architecture ignores explicit attention masks, on which every score here rests; "
+            "use a transformer with ordinary attention"
+        )

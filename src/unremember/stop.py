@@ -1,0 +1,70 @@
+"""Stop when the forget set is known no better than examples that were never taught.
+
+The level is measured on the holdout role, with the model as it came in: for each example a number that is higher the better
+it is known.  Training stops when the mean over the forget set is at most the level's mean *and* the best-known forget
+example is at most the best-known holdout example.  Generalises Jang et al. 2023 (stop on the mean of MA and EL only), which
+let single sequences stay verbatim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from unremember.bench import BENCH, Bench
+from unremember.corpus import Corpus
+from unremember.errors import BadCorpus
+from unremember.lm import LM
+from unremember.table import Reading, read
+from unremember.tokens import Row
+
+ENOUGH = 20  # fewer holdout examples make a mean that is mostly noise
+
+
+def known(reading: Reading, metric: str) -> float:
+    """How well a row's sensitive tokens are known: 'probability' = P^(1/T), 'accuracy' = share that greedy decoding hits."""
+    if metric == "probability":
+        return reading.likelihood("span")
+    return float(reading.hit[reading.span].mean() if reading.span.any() else reading.hit.mean())
+
+
+@dataclass
+class Stopper:
+    """Callable on (lm, step); `looks` is the record of what it saw, `reached` whether it ever said stop."""
+
+    metric: str
+    every: int
+    rows: Sequence[Row]
+    mean: float
+    worst: float
+    bench: Bench = BENCH
+    reached: int | None = None
+    looks: list[dict[str, float]] = field(default_factory=list)
+
+    @staticmethod
+    def calibrated(lm: LM, corpus: Corpus, metric: str, every: int, bench: Bench = BENCH) -> Stopper | None:
+        """Measure the level on corpus['holdout'] with `lm`; None for metric 'never'.
+
+        Raises BadCorpus where the holdout has fewer than 20 examples.
+        """
+        if metric == "never":
+            return None
+        corpus.require(f"stopping on {metric!r}", ("forget", "holdout"))
+        if len(corpus["holdout"]) < ENOUGH:
+            raise BadCorpus(
+                f"stopping on {metric!r} needs at least {ENOUGH} holdout examples and there are {len(corpus['holdout'])}; "
+                'add some, or set forget.plan.stop = "never"'
+            )
+        level = [known(x, metric) for x in read(lm, lm.template.rows(corpus["holdout"], lm.limit), bench)]
+        rows = lm.template.rows(corpus["forget"], lm.limit)
+        return Stopper(metric, every, rows, float(np.mean(level)), float(np.max(level)), bench)
+
+    def __call__(self, lm: LM, step: int) -> bool:
+        now = [known(x, self.metric) for x in read(lm, self.rows, self.bench)]
+        self.looks.append({"step": step, "mean": float(np.mean(now)), "worst": float(np.max(now))})
+        if np.mean(now) <= self.mean and np.max(now) <= self.worst:
+            self.reached = step
+            return True
+        return False

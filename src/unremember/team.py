@@ -1,0 +1,128 @@
+"""One process or many, with the same code and the same data: rank, size, sharding (FSDP2) and checkpoints.
+
+Started by `torchrun`, the processes join over nccl on GPUs and gloo elsewhere.  Alone, every function here is the obvious
+thing.  Which rows a process sees is decided by its rank; which rows a step sees never is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def join() -> None:
+    """Enter the process group when torchrun started us; once, and a no-op otherwise."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def leave() -> None:
+    """Leave the process group, if in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def merge(part: dict) -> dict:
+    """The union of every process's dictionary, on every process."""
+    if size() == 1:
+        return part
+    parts: list[dict] = [{} for _ in range(size())]
+    dist.all_gather_object(parts, part)
+    return {key: value for piece in parts for key, value in piece.items()}
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def total(terms: dict[str, float]) -> dict[str, float]:
+    """Sum named numbers over the processes (a name that one of them lacks counts as zero there)."""
+    if size() == 1:
+        return terms
+    parts: list[dict] = [{} for _ in range(size())]
+    dist.all_gather_object(parts, terms)
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in sorted({n for part in parts for n in part})}
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """Split the weights over the processes, block by block (FSDP2); alone, return the model as it is."""
+    if size() == 1:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (size(),))
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a transformer: the members of its longest module list."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
+
+
+def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The full weights, on every process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    if size() == 1:
+        return model.state_dict()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    box = [state if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def save(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
+    """A sharded checkpoint of everything that training needs, at `folder`/step-N; older ones go once it is whole."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, moments = get_state_dict(model, optimiser)
+    target, fresh = folder / f"step-{step}", folder / f".step-{step}"
+    if rank() == 0:
+        shutil.rmtree(fresh, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    wait()
+    dcp.save({"model": weights, "optimiser": moments}, checkpoint_id=fresh, no_dist=size() == 1)
+    wait()
+    if rank() == 0:
+        fresh.rename(target)
+        for other in folder.glob("step-*"):
+            if other != target:
+                shutil.rmtree(other, ignore_errors=True)
+    wait()
+
+
+def restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+    """Load the newest checkpoint under `folder`, whatever number of processes wrote it; the step it was made after, or 0."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    steps = sorted(int(p.name.removeprefix("step-")) for p in folder.glob("step-*"))
+    if not steps:
+        return 0
+    weights, moments = get_state_dict(model, optimiser)
+    state = {"model": weights, "optimiser": moments}
+    dcp.load(state, checkpoint_id=folder / f"step-{steps[-1]}", no_dist=size() == 1)
+    set_state_dict(model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
+    return steps[-1]

@@ -1,0 +1,180 @@
+"""The only place that steps: order, micro-batches, accumulation, clipping, stopping, checkpoints.
+
+Which rows a step sees is a pure function of (seed, step), so that resuming needs no sampler state and one process sees
+what many see.  Every term is divided by the totals of its whole step before accumulation, so cutting a step into
+micro-batches, or over processes, changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Protocol
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from unremember import team
+from unremember.bench import BENCH, Bench
+from unremember.errors import Diverged
+from unremember.lm import LM
+from unremember.sites import EVERYWHERE, Sites
+from unremember.tokens import Row, Tokens, count, pack, packs
+
+Objective = Callable[[LM, Tokens], Mapping[str, Tensor]]  # one packed micro-batch of one role -> named terms to add up
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Stop(Protocol):
+    """Looks at the model after a step; True ends training.  `every`: steps between two looks."""
+
+    every: int
+
+    def __call__(self, lm: LM, step: int) -> bool: ...
+
+
+@dataclass(frozen=True, config=STRICT)
+class Plan:
+    """How long and how hard to train (AdamW).
+
+    steps: the most that are taken.  lr: peak learning rate.  batch: rows of each role a step, 0 = all of the first role.
+    warmup: steps of linear rise.  schedule: what follows.  clip: largest gradient norm, 0 = none.
+    stop: which level of the never-taught examples ends training early: 'probability' or 'accuracy' of the sensitive tokens
+    (mean and worst example), or 'never'.  every: steps between two looks.
+    """
+
+    steps: Annotated[int, Field(ge=1)]
+    lr: Annotated[float, Field(gt=0, lt=1)]
+    batch: Annotated[int, Field(ge=0)] = 0
+    warmup: Annotated[int, Field(ge=0)] = 0
+    schedule: Annotated[str, Field(pattern="^(constant|linear)$")] = "constant"
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: Annotated[float, Field(ge=0)] = 0.0
+    seed: int = 0
+    stop: Annotated[str, Field(pattern="^(probability|accuracy|never)$")] = "never"
+    every: Annotated[int, Field(ge=1)] = 1
+
+    def rate(self, step: int) -> float:
+        """Learning rate of 0-based `step`."""
+        rise = min(1.0, (step + 1) / (self.warmup + 1))
+        fall = 1 - step / self.steps if self.schedule == "linear" else 1.0
+        return self.lr * rise * fall
+
+
+def order(size: int, count: int, seed: int, step: int, role: str) -> list[int]:
+    """`count` indices below `size` for 0-based `step`: epochs of fresh permutations, one after another, cut into steps."""
+    chosen = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, at = divmod(position, size)
+        shuffled = np.random.default_rng([seed, epoch, zlib.crc32(role.encode())]).permutation(size)
+        chosen.append(int(shuffled[at]))
+    return chosen
+
+
+def batch(pools: Mapping[str, Sequence[Row]], plan: Plan, step: int, budget: int) -> list[Tokens]:
+    """The micro-batches of one step for this process; silent ones fill up so that all processes have as many."""
+    width = plan.batch or len(next(iter(pools.values())))
+    micros: list[Tokens] = []
+    for role, pool in pools.items():
+        if not pool:
+            continue
+        rows = [pool[i] for i in order(len(pool), min(width, len(pool)), plan.seed, step, role)]
+        totals = len(rows), count(rows)
+        shares = [packs(rows[r :: team.size()], budget) for r in range(team.size())]
+        mine, most = shares[team.rank()], max(map(len, shares))
+        micros += [pack(group, role, totals) for group in mine]
+        spare = pack((mine or shares[0])[0], role, totals).silent()
+        micros += [spare] * (most - len(mine))
+    return micros
+
+
+def train(
+    lm: LM,
+    objective: Objective,
+    pools: Mapping[str, Sequence[Row]],
+    plan: Plan,
+    *,
+    sites: Sites = EVERYWHERE,
+    stop: Stop | None = None,
+    bench: Bench = BENCH,
+    stage: str = "train",
+) -> LM:
+    """Minimise the sum of the objective's terms over rows drawn from `pools` (role -> rows); returns a new LM.
+
+    With bench.folder, a checkpoint is kept there while training goes on, and a killed run continues from it with the
+    same weights that an uninterrupted one would have (bit for bit in fp32 on one process).
+    Raises Diverged where a loss or a gradient is not finite; the argument is never touched.
+    """
+    source, lm = lm, lm.copy()
+    kept = sites.open(lm.model)
+    lm = replace(lm, model=team.shard(lm.model))
+    weights = [w for w in lm.model.parameters() if w.requires_grad]
+    optimiser = torch.optim.AdamW(weights, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
+    first = team.restore(bench.folder, lm.model, optimiser) if bench.folder else 0
+    if bench.log and team.rank() == 0:
+        _rewind(bench.log, stage, first)
+    saved, stopped = time.monotonic(), stop is not None and _looks(stop, first) and stop(lm, first)
+    for step in range(first, plan.steps):
+        if stopped:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = plan.rate(step)
+        sums: dict[str, float] = {}
+        places = 0
+        for tokens in batch(pools, plan, step, bench.budget):
+            terms = objective(lm, tokens.to(lm.device))
+            (sum(terms.values()) * team.size()).backward()  # FSDP2 averages over processes, and our terms must add up
+            places += tokens.ids.numel()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+        sums = team.total(sums)
+        norm = torch.nn.utils.clip_grad_norm_(weights, plan.clip or float("inf"))
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not np.isfinite([norm, *sums.values()]).all():
+            raise Diverged(step + 1, sums | {"gradient norm": norm})
+        optimiser.step()
+        optimiser.zero_grad()
+        sites.hold(lm.model, kept)
+        done = step + 1
+        if bench.log and team.rank() == 0:
+            line = {"stage": stage, "step": done, "terms": sums, "norm": norm, "lr": plan.rate(step), "tokens": places}
+            with bench.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        bench.say(stage, done, plan.steps, sums)
+        stopped = stop is not None and _looks(stop, done) and stop(lm, done)
+        late = time.monotonic() - saved > bench.every
+        if bench.folder and team.size() > 1:
+            late = bool(team.total({"late": float(late)})["late"])  # all or none
+        if bench.folder and late and done < plan.steps and not stopped:
+            team.save(bench.folder, lm.model, optimiser, done)
+            saved = time.monotonic()
+    result = source.copy() if team.size() > 1 else lm
+    if team.size() > 1:
+        result.model.load_state_dict(team.whole_state(lm.model))
+    for weight in result.model.parameters():
+        weight.requires_grad_(True)
+        weight.grad = None
+    if bench.folder and team.rank() == 0:
+        shutil.rmtree(bench.folder, ignore_errors=True)
+    team.wait()
+    return replace(source, model=result.model.eval())
+
+
+def _looks(stop: Stop, step: int) -> bool:
+    return step % stop.every == 0
+
+
+def _rewind(log, stage: str, step: int) -> None:
+    """Drop from the log what this stage will do again."""
+    if log.exists():
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in lines if (row := json.loads(line))["stage"] != stage or row["step"] <= step]
+        log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
