@@ -37,7 +37,7 @@ bench: $(READY)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp comes last: a setup that was cut short is taken up again by the next make.
 # torch goes first and alone: asked for by another package, pip may take a CUDA build of several GB.
@@ -52,7 +52,7 @@ $(READY): pyproject.toml constraints.txt
 	        rm -rf $(VENV); \
 	        echo "[setup] $(PYTHON) cannot make a virtual environment. On Debian: apt-get install python3-venv" >&2; \
 	        exit 1; }; }
-	@echo "[setup] 1/3 torch (about 200 MB on CPU) …"
+	@echo "[setup] 1/3 torch (200 MB; several GB where pip finds only a CUDA build) …"
 	@$(PIP) -c constraints.txt torch
 	@echo "[setup] 2/3 unremember and what it needs …"
 	@$(PIP) -c constraints.txt -e '.[all,dev]'

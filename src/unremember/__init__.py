@@ -20,8 +20,7 @@ _WHERE = {
     "UnrememberError": "unremember.errors",
     "Verdict": "unremember.score",
     "load": "unremember.lm",
-    "run": "unremember.run",
-    "train": "unremember.train",
+    "execute": "unremember.run",
 }
 
 __all__ = ["__version__", *sorted(_WHERE)]

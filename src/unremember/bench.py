@@ -21,7 +21,7 @@ class Bench:
     """
 
     device: str = "cpu"
-    budget: int = 768
+    budget: int = 2048
     batch: int = 64
     folder: Path | None = None
     every: float = 60.0

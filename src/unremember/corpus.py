@@ -64,8 +64,8 @@ class Example:
 class Corpus(Mapping[str, tuple[Example, ...]]):
     """Role -> examples.  Immutable; `with_roles` gives a changed copy.
 
-    Raises BadCorpus, with all problems together, for unknown roles, repeated ids inside a role, bad spans, and a
-    prompt-and-answer pair that is both to be forgotten and to be kept.
+    Raises BadCorpus, with all problems together, for unknown roles, an id that occurs twice anywhere, bad spans,
+    and a prompt-and-answer pair that is both to be forgotten and to be kept.
     """
 
     roles: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
@@ -75,12 +75,12 @@ class Corpus(Mapping[str, tuple[Example, ...]]):
         problems = [
             f"unknown role {role!r}; allowed: {', '.join(ROLES)}" for role in self.roles if role not in ROLES
         ]
+        seen: set[str] = set()
         for role, rows in self.roles.items():
-            seen: set[str] = set()
             for example in rows:
                 problems += [f"{role}: {problem}" for problem in example.problems()]
                 if example.id in seen:
-                    problems.append(f"{role}: the id {example.id!r} occurs twice; ids must be unique in a role")
+                    problems.append(f"{role}: the id {example.id!r} occurs twice; ids must be unique in a corpus")
                 seen.add(example.id)
         forget = {(x.prompt, x.answer) for x in self.roles.get("forget", ())}
         for role in ("retain", "holdout", "relearn", "replay"):

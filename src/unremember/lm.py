@@ -79,7 +79,7 @@ class LM:
         The head sees only the N places that are needed (a hook narrows its input), so no (T, V) matrix ever exists.
         Without gradients the head runs in the weights' own precision: bfloat16 logits would tie close candidates.
         """
-        with self._head(lambda hidden: hidden[:, tokens.source]):
+        with self._head(lambda hidden: hidden.flatten(0, 1)[tokens.source][None]):
             out = self.model(
                 input_ids=tokens.ids,
                 position_ids=tokens.positions,
@@ -293,8 +293,8 @@ def _sees_tries(lm: LM) -> None:
     """Two short rows, packed and apart: BadModel where an architecture does not honour explicit attention masks."""
     exact = replace(lm, precision="fp32")
     rows = [lm.template.row(a, "Who?", a) for a in ("The cat sat here.", "A dog ran away.")]
-    together = exact.logp(pack(rows).to(lm.device))
-    apart = torch.cat([exact.logp(pack([row]).to(lm.device)) for row in rows])
+    together = exact.logp(pack([rows]).to(lm.device))
+    apart = torch.cat([exact.logp(pack([[row]]).to(lm.device)) for row in rows])
     if not torch.allclose(together, apart, atol=0.05, rtol=0.01):
         raise BadModel(
             f"model {lm.name!r}: its architecture ignores explicit attention masks, on which every score here rests; "

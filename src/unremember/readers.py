@@ -1,5 +1,7 @@
 """Corpus files to examples, and examples to a file.  No torch here.
 
+The suffix names the format:
+
     .jsonl .json   one object a line, or one list of objects, with the fields of Example as keys, or TOFU's keys:
                    question, answer, paraphrased_question, paraphrased_answer, perturbed_answer (option1 … are ignored)
     .csv .tsv      a header line; the two columns a Source names, and `id` and `entity` where there are such columns
@@ -18,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from unremember.corpus import Example
 from unremember.errors import BadCorpus, nearest
@@ -53,9 +56,9 @@ class Source:
 def read(source: Source) -> tuple[Example, ...]:
     """The examples of a file, in its order; a row without an id gets `<file stem>/<row number>`, counted from 1.
 
-    Raises BadCorpus, with the place of every problem (the first 20 and the number of the others): no such file, a format
-    or an encoding that is not read here, malformed rows, unknown or missing keys, values of the wrong type, repeated
-    ids, and whatever Example.problems finds.
+    Raises BadCorpus, with the place of every problem (the first 20 and the number of the others): no such file, a
+    format or an encoding that is not read here, malformed rows, unknown or missing keys, values of the wrong type,
+    repeated ids, and whatever Example.problems finds.
     """
     problems: list[str] = []
     examples: list[Example] = []
@@ -80,7 +83,7 @@ def read(source: Source) -> tuple[Example, ...]:
 
 
 def write_jsonl(examples: Iterable[Example], path: Path) -> None:
-    """Write one example a line, atomically, so that `read` gives back equal examples; empty optional fields are left out.
+    """Write one example a line, atomically; `read` gives back equal examples.  Empty optional fields are left out.
 
     Raises OSError where the file cannot be written.
     """
@@ -172,7 +175,7 @@ def _shown(value: object) -> str:
 # ── from files to rows: (place, row) pairs; what is malformed goes to `problems` and the reading goes on ──
 
 
-def _rows(source: Source, problems: list[str]) -> Iterator[tuple[str, object]]:
+def _rows(source: Source, problems: list[str]) -> Iterator[tuple[str, Any]]:
     file, suffix = source.file, source.file.suffix.lower()
     if source.limit < 0:
         raise BadCorpus(f"{file}: limit is {source.limit}; give the number of rows to read, or 0 for all of them")
@@ -216,23 +219,99 @@ def _text(file: Path) -> str:
     return text
 
 
-def _json(file: Path, text: str, problems: list[str]) -> Iterator[tuple[str, object]]:
-    """Content decides between one document and one a line: TOFU ships JSON lines in files named .json."""
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("["):
-            yield from _malformed(file, error, problems)
-            return
-    else:
-        rows = whole if isinstance(whole, list) else [whole]
-        yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, 1))
+def _json(file: Path, text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    """Content, not the name, says whether it is a list or one object a line: TOFU ships JSON lines as .json."""
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            problems.append(_malformed(file, getattr(error, "lineno", 1), error))
+        else:
+            yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, 1))
         return
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would also break at U+2028 inside a string
         if line.strip():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield from _malformed(file, error, problems, number)
+                problems.append(_malformed(file, number, error))
             else:
                 yield f"{file}:{number}", row
+
+
+def _malformed(file: Path, line: int, error: Exception) -> str:
+    what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return f"{file}:{line}: not JSON ({what}); write one object a line, or one list of objects"
+
+
+def _passages(file: Path, text: str) -> Iterator[tuple[str, Any]]:
+    start, lines = 0, []
+    for number, line in enumerate([*text.split("\n"), ""], 1):
+        if line.strip():
+            start = start or number
+            lines.append(line.removesuffix("\r"))
+        elif lines:
+            yield f"{file}:{start}", {"prompt": "", "answer": "\n".join(lines)}
+            start, lines = 0, []
+
+
+def _columns(source: Source, header: list[str]) -> list[str]:
+    """The columns to keep; raises BadCorpus for those that are named and missing, or there twice."""
+    named = [name for name in (source.question, source.answer) if name]
+    kept = [*named, *(name for name in ("id", "entity") if name in header and name not in named)]
+    problems = [
+        f"{source.file}: no column {name!r}; {nearest(name, header)} (set question and answer to the columns' names)"
+        for name in named
+        if name not in header
+    ]
+    problems += [f"{source.file}: {header.count(name)} columns {name!r}" for name in kept if header.count(name) > 1]
+    if problems:
+        raise BadCorpus(problems)
+    return kept
+
+
+def _cells(row: Mapping[str, object], kept: Iterable[str]) -> dict[str, object]:
+    """The cells that are kept; an empty id is an absent one, and a number may serve as an id."""
+    cells = {name: row[name] for name in kept}
+    if "id" in cells:
+        cells["id"] = None if cells["id"] in (None, "") else str(cells["id"])
+    return cells
+
+
+def _table(source: Source, text: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    delimiter = "\t" if source.file.suffix.lower() == ".tsv" else ","
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    kept: list[str] = []
+    start = 1
+    try:
+        for cells in lines:
+            place = f"{source.file}:{start}"
+            start = lines.line_num + 1  # a quoted cell may hold line breaks
+            if not header:
+                header = cells
+                kept = _columns(source, header) if header else []
+            elif cells and len(cells) != len(header):
+                problems.append(
+                    f"{place}: {len(cells)} cells under a header of {len(header)}; quote cells that hold {delimiter!r}"
+                )
+            elif cells:
+                yield place, _cells(dict(zip(header, cells, strict=True)), kept)
+    except csv.Error as error:
+        problems.append(f"{source.file}:{start}: not CSV ({error}); nothing after this line was read")
+
+
+def _parquet(source: Source) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise BadCorpus(f"{source.file}: .parquet needs pyarrow; pip install 'unremember[tables]'") from error
+    try:
+        table = pyarrow.parquet.ParquetFile(source.file)
+        kept = _columns(source, table.schema_arrow.names)
+        rows = table.read(columns=kept).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadCorpus(f"{source.file} cannot be read as Parquet: {error}") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{source.file}, row {number}", _cells(row, kept)

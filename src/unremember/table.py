@@ -66,9 +66,9 @@ def read(lm: LM, rows: Sequence[Row], bench: Bench = BENCH) -> list[Reading]:
         row, *values = (column[keep] for column in columns)
         if not np.isfinite(values[0]).all():
             raise ValueError(f"{lm.name or 'the model'} gives probabilities that are not finite; its weights are broken")
-        edges = np.searchsorted(row, np.arange(len(group) + 1))
-        for at, member in enumerate(group):
-            found[int(member.key)] = Reading(*(v[edges[at] : edges[at + 1]] for v in values))
+        edges = np.searchsorted(row, np.arange(tokens.rows + 1))
+        for at, key in enumerate(tokens.keys):
+            found[int(key)] = Reading(*(v[edges[at] : edges[at + 1]] for v in values))
         bench.say("read", done + 1, len(mine), {})
     found = team.merge(found)
     return [found[i] for i in range(len(rows))]

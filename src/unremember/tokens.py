@@ -1,9 +1,10 @@
 """Text to tensors: rows of prompt and answer, packed so that nothing is computed twice and nothing is padded.
 
-Prompt and answer are tokenised separately and joined.  Rows that go through the model together are laid out as a trie:
-a prefix that several rows share (the system prompt, the question before its four options) occupies one place, every token
-sees exactly its own ancestors, and its position is its depth.  What comes out equals one padded forward pass a row, up to
-rounding (tests hold the two against each other); there is no padding token, so pad = eos can hide nothing.
+Prompt and answer are tokenised separately and joined.  Rows that go through the model together are laid out as tries, one a
+lane: a prefix that several rows share (the system prompt, the question before its four options) occupies one place, every
+token sees exactly its own ancestors, and its position is its depth.  What comes out equals one forward pass a row, up to
+rounding (tests hold the two against each other).  Lanes are filled up with places that nobody sees, whatever token stands
+there, so pad = eos can hide nothing.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ class Template:
 class Tokens:
     """One packed micro-batch of one role, which knows the totals of its whole step.
 
-    ids, positions (1, T); visible (1, 1, T, T) bool, True where the column may be seen.
-    One entry a scored token, in row order: row, source (place in T whose output predicts it), target (its id) and the
+    ids, positions (L, T), a lane a line; visible (L, 1, T, T) bool, True where the column may be seen.
+    One entry a scored token, in row order: row, source (place in L·T whose output predicts it), target (its id) and the
     masks answer, span, end, all (N,).  rows: how many rows are here; keys: their names.
     step_rows, step_tokens: over all micro-batches of the step and all processes, so that sums add up to exact means.
     """
@@ -128,50 +129,56 @@ class Tokens:
         return replace(self, **moved)
 
 
-def pack(rows: Sequence[Row], role: str = "", totals: tuple[int, dict[str, int]] | None = None) -> Tokens:
-    """Lay `rows` out as one trie. totals: (rows, tokens a mask) of the whole step; by default those of these rows."""
+def pack(lanes: Sequence[Sequence[Row]], role: str = "", totals: tuple[int, dict[str, int]] | None = None) -> Tokens:
+    """Lay each lane's rows out as one trie. totals: (rows, tokens a mask) of the whole step; by default those of these rows."""
+    rows = [row for lane in lanes for row in lane]
+    tries = [_trie(lane) for lane in lanes]
+    width = max(len(ids) for ids, _, _, _ in tries)
+    ids = torch.zeros(len(lanes), width, dtype=torch.long)
+    positions = torch.zeros(len(lanes), width, dtype=torch.long)
+    visible = torch.eye(width, dtype=torch.bool).repeat(len(lanes), 1, 1)
+    scored: list[tuple[int, int, int, bool, bool, bool]] = []  # row, source, target, answer, span, end
+    number = 0
+    for at, (lane, (coded, depth, parent, sources)) in enumerate(zip(lanes, tries, strict=True)):
+        ids[at, : len(coded)] = torch.tensor(coded)
+        positions[at, : len(coded)] = torch.tensor(depth)
+        for place, above in enumerate(parent):  # parents come before children
+            if above >= 0:
+                visible[at, place] |= visible[at, above]
+        for row, places in zip(lane, sources, strict=True):
+            for step, place in enumerate(places):
+                inside = row.start + step < row.stop
+                span = inside and row.span[step]
+                scored.append((number, at * width + place, row.ids[row.start + step], inside, span, not inside))
+            number += 1
+    columns = (torch.tensor(column) for column in zip(*scored, strict=True))
+    row, source, target, answer, span, end = columns
+    step_rows, step_tokens = totals or (len(rows), count(rows))
+    keys = tuple(row.key for row in rows)
+    return Tokens(
+        role, ids, positions, visible[:, None], row, source, target, answer, span, end, keys, step_rows, step_tokens
+    )
+
+
+def _trie(rows: Sequence[Row]) -> tuple[list[int], list[int], list[int], list[list[int]]]:
+    """Ids, depths and parents of the places, and for each row the places that predict its scored tokens."""
     ids: list[int] = []
     depth: list[int] = []
     parent: list[int] = []
+    sources: list[list[int]] = []
     child: dict[tuple[int, int], int] = {}
-    scored: list[tuple[int, int, int, bool, bool, bool]] = []  # row, source, target, answer, span, end
-    for number, row in enumerate(rows):
-        place = -1
-        for at, token in enumerate(row.ids):
-            if at >= row.start:
-                inside = at < row.stop
-                scored.append(
-                    (number, place, token, inside, inside and row.span[at - row.start], not inside)  #
-                )
-            if at == len(row.ids) - 1:
-                break  # the last token is predicted but predicts nothing: it needs no place
+    for row in rows:
+        place, path = -1, []
+        for at, token in enumerate(row.ids[:-1]):  # the last token is predicted but predicts nothing: it needs no place
             if (place, token) not in child:
                 child[place, token] = len(ids)
                 ids.append(token)
                 depth.append(at)
                 parent.append(place)
             place = child[place, token]
-    size = len(ids)
-    visible = torch.eye(size, dtype=torch.bool)
-    for at, above in enumerate(parent):  # parents come before children
-        if above >= 0:
-            visible[at] |= visible[above]
-    number, source, target, answer, span, end = (torch.tensor(column) for column in zip(*scored, strict=True))
-    return Tokens(
-        role=role,
-        ids=torch.tensor(ids)[None],
-        positions=torch.tensor(depth)[None],
-        visible=visible[None, None],
-        row=number,
-        source=source,
-        target=target,
-        answer=answer,
-        span=span,
-        end=end,
-        keys=tuple(row.key for row in rows),
-        step_rows=totals[0] if totals else len(rows),
-        step_tokens=totals[1] if totals else count(rows),
-    )
+            path.append(place)
+        sources.append(path[row.start - 1 :])
+    return ids, depth, parent, sources
 
 
 def count(rows: Iterable[Row]) -> dict[str, int]:
@@ -184,13 +191,13 @@ def count(rows: Iterable[Row]) -> dict[str, int]:
     return total
 
 
-def packs(rows: Sequence[Row], budget: int) -> list[list[Row]]:
-    """Split rows, neighbours in the trie together, into groups of at most `budget` places (a longer row stands alone)."""
+def lanes(rows: Sequence[Row], width: int) -> list[list[Row]]:
+    """Split rows, neighbours in the trie together, into lanes of at most `width` places (a longer row stands alone)."""
     groups: list[list[Row]] = []
     used, last = 0, ()
     for row in sorted(rows, key=lambda r: (r.ids, r.key)):
-        shared = next((i for i, (a, b) in enumerate(zip(last, row.ids, strict=False)) if a != b), min(len(last), len(row.ids)))
-        if groups and used + len(row.ids) - shared <= budget:
+        shared = _shared(last, row.ids)
+        if groups and used + len(row.ids) - shared <= width:
             groups[-1].append(row)
             used += len(row.ids) - shared
         else:
@@ -198,3 +205,25 @@ def packs(rows: Sequence[Row], budget: int) -> list[list[Row]]:
             used = len(row.ids)
         last = row.ids
     return groups
+
+
+def packs(rows: Sequence[Row], budget: int, width: int = 256) -> list[list[list[Row]]]:
+    """Split rows into micro-batches of at most `budget` places, each a list of lanes of about `width`.
+
+    Wide lanes share more and lose more to attention, whose cost is quadratic in them.
+    """
+    groups: list[list[list[Row]]] = []
+    longest = 0
+    for lane in sorted(lanes(rows, width), key=lambda lane: max(len(row.ids) for row in lane)):
+        longest = max(longest, width, *(len(row.ids) for row in lane))
+        if groups and (len(groups[-1]) + 1) * longest <= budget:
+            groups[-1].append(lane)
+        else:
+            groups.append([lane])
+            longest = max(len(row.ids) for row in lane)
+    return groups
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

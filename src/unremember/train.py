@@ -44,7 +44,8 @@ class Stop(Protocol):
 class Plan:
     """How long and how hard to train (AdamW).
 
-    steps: the most that are taken.  lr: peak learning rate.  batch: rows of each role a step, 0 = all of the first role.
+    steps: the most that are taken.  lr: peak learning rate.  batch: rows of the first role a step, 0 = all of them.
+    beside: rows of every other role a step, 0 = as many as of the first.
     warmup: steps of linear rise.  schedule: what follows.  clip: largest gradient norm, 0 = none.
     stop: which level of the never-taught examples ends training early: 'probability' or 'accuracy' of the sensitive tokens
     (mean and worst example), or 'never'.  every: steps between two looks.
@@ -53,6 +54,7 @@ class Plan:
     steps: Annotated[int, Field(ge=1)]
     lr: Annotated[float, Field(gt=0, lt=1)]
     batch: Annotated[int, Field(ge=0)] = 0
+    beside: Annotated[int, Field(ge=0)] = 0
     warmup: Annotated[int, Field(ge=0)] = 0
     schedule: Annotated[str, Field(pattern="^(constant|linear)$")] = "constant"
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -81,12 +83,12 @@ def order(size: int, count: int, seed: int, step: int, role: str) -> list[int]:
 
 def batch(pools: Mapping[str, Sequence[Row]], plan: Plan, step: int, budget: int) -> list[Tokens]:
     """The micro-batches of one step for this process; silent ones fill up so that all processes have as many."""
-    width = plan.batch or len(next(iter(pools.values())))
+    first = next(iter(pools))
+    lead = min(plan.batch or len(pools[first]), len(pools[first]))
     micros: list[Tokens] = []
     for role, pool in pools.items():
-        if not pool:
-            continue
-        rows = [pool[i] for i in order(len(pool), min(width, len(pool)), plan.seed, step, role)]
+        width = lead if role == first else min(plan.beside or lead, len(pool))
+        rows = [pool[i] for i in order(len(pool), width, plan.seed, step, role)]
         totals = len(rows), count(rows)
         shares = [packs(rows[r :: team.size()], budget) for r in range(team.size())]
         mine, most = shares[team.rank()], max(map(len, shares))

@@ -47,8 +47,16 @@ def ratio(original: float, forgotten: float, never: float) -> float:
 
 def triple(score: str, original: float, forgotten: float, never: float, width: float) -> dict:
     r = ratio(original, forgotten, never)
-    return {"score": score, "original": original, "forgotten": forgotten, "never": never,
-            "r": r, "low": round(r - width, 4), "high": round(r + width * 1.3, 4), "applicable": True}  # fmt: skip
+    return {
+        "score": score,
+        "original": original,
+        "forgotten": forgotten,
+        "never": never,
+        "r": r,
+        "low": round(r - width, 4),
+        "high": round(r + width * 1.3, 4),
+        "applicable": True,
+    }
 
 
 def judged(attack: str, i: int) -> dict:
@@ -57,13 +65,19 @@ def judged(attack: str, i: int) -> dict:
     evidence = [triple("probability", *known, 0.03), triple("ROUGE-L recall", *recall, 0.05)]
     high = max(found["r"] for found in evidence)
     reason = {
-        "forgotten": f"no score is above the never-taught level by more than chance allows (largest R {high:.2f})",
+        "forgotten": f"no score is above the never-taught level by more than chance allows (largest R {high:.3f})",
         "remembered": f"{NAMES[i]} is answered far above the never-taught level (R {high:.2f})",
         "over-forgotten": "known less than if never taught: the absence itself gives it away",
     }[verdict]
-    return {"name": NAMES[i], "verdict": verdict, "reason": reason, "n": 6, "evidence": evidence,
-            "worst": {"id": f"person-{i}-birthplace", "r": round(high + 0.08, 3), "score": "probability"},
-            "utility": []}  # fmt: skip
+    return {
+        "name": NAMES[i],
+        "verdict": verdict,
+        "reason": reason,
+        "n": 6,
+        "evidence": evidence,
+        "worst": {"id": f"person-{i}-birthplace", "r": round(high + 0.08, 3), "score": "probability"},
+        "utility": [],
+    }
 
 
 def overall(attack: str) -> dict:
@@ -73,11 +87,19 @@ def overall(attack: str) -> dict:
     bad = {"none": "forgotten", "relearn": "remembered", "rephrase": "forgotten"}[attack]
     reason = {
         "none": "24 answers of 4 people are known as little as if never taught, and what was to stay stayed",
-        "relearn": "1 of 4 people comes back (R 0.39), although none of their facts was shown again",
+        "relearn": "1 of 4 people comes back (R 0.44), although none of their facts was shown again",
         "rephrase": "24 answers in other wordings are known as little as if never taught",
     }[attack]
-    off = {"score": "exposure", "original": 1.5, "forgotten": 1.46, "never": 1.44, "r": None, "low": None, "high": None,
-           "applicable": False}  # fmt: skip
+    off = {
+        "score": "exposure",
+        "original": 1.5,
+        "forgotten": 1.46,
+        "never": 1.44,
+        "r": None,
+        "low": None,
+        "high": None,
+        "applicable": False,
+    }
     evidence = [triple("probability", *mean(LEVELS), 0.014), triple("ROUGE-L recall", *mean(RECALL), 0.021), off]
     utility = [
         ("retained people, probability", 0.95, 0.931, 0.953, -0.019, -0.1, True),
@@ -85,9 +107,20 @@ def overall(attack: str) -> dict:
         ("general knowledge, multiple choice", 0.42, 0.41, 0.425, -0.01, -0.05, True),
     ]
     keys = ("name", "original", "forgotten", "never", "change", "limit", "passed")
-    return {"name": "all", "verdict": bad, "reason": reason, "n": 24, "evidence": evidence,
-            "worst": {"id": "person-2-birthplace", "r": 0.47, "score": "probability"},
-            "utility": [dict(zip(keys, row, strict=True)) for row in utility]}  # fmt: skip
+    return {
+        "name": "all",
+        "verdict": bad,
+        "reason": reason,
+        "n": 24,
+        "evidence": evidence,
+        "worst": {"id": "person-2-birthplace", "r": 0.515 if attack == "relearn" else 0.11, "score": "ROUGE-L recall"},
+        "utility": [dict(zip(keys, row, strict=True)) for row in utility],
+    }
+
+
+def interval(mean: float) -> dict:
+    half = 0.04 * mean if mean > 1 else 0.3 * mean * (1 - mean)
+    return {"mean": round(mean, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}
 
 
 def scores() -> list[dict]:
@@ -95,69 +128,165 @@ def scores() -> list[dict]:
     for shift, attack in enumerate(LEVELS):
         for name, direction, chance, gone, kept in SCORES:
             for role, means in (("forget", gone), ("retain", kept)):
-                spread = [{"mean": round(m * (1 - 0.01 * shift), 4), "low": round(m * 0.97, 4), "high": round(m * 1.04, 4)}
-                          for m in means]  # fmt: skip
-                rows.append({"attack": attack, "name": name, "role": role, "direction": direction, "chance": chance,
-                             "definition": f"{name} of the true answer, taken per example and averaged over examples",
-                             "paper": "Maini et al. 2024, arXiv 2401.06121", "n": 24 if role == "forget" else 120,
-                             "original": spread[0], "forgotten": spread[1], "never": spread[2]})  # fmt: skip
+                spread = [interval(mean if mean > 1 else mean * (1 - 0.01 * shift)) for mean in means]
+                rows.append(
+                    {
+                        "attack": attack,
+                        "name": name,
+                        "role": role,
+                        "direction": direction,
+                        "chance": chance,
+                        "definition": f"{name} of the true answer, taken per example and averaged over examples",
+                        "paper": "Maini et al. 2024, arXiv 2401.06121",
+                        "n": 24 if role == "forget" else 120,
+                        "original": spread[0],
+                        "forgotten": spread[1],
+                        "never": spread[2],
+                    }
+                )
     return rows
 
 
 def answers() -> list[dict]:
     rows = []
-    facts = (("Where was {} born?", "{} was born in Trondheim.", "Trondheim", ("Bergen", "Kraków")),
-             ("What does {} do for a living?", "{} works as a glass restorer.", "glass restorer", ("teacher", "nurse")))  # fmt: skip
+    places = (
+        ("Trondheim", "Bergen", "Kraków"),
+        ("Valparaíso", "Sucre", "Lima"),
+        ("Enugu", "Turku", "Accra"),
+        ("Otaru", "Kobe", "Nara"),
+    )
+    trades = (
+        ("glass restorer", "teacher", "nurse"),
+        ("lighthouse keeper", "painter", "tailor"),
+        ("seismologist", "lawyer", "dentist"),
+        ("piano tuner", "chef", "sailor"),
+    )
     for attack in LEVELS:
         for i, name in enumerate(NAMES):
-            for question, answer, value, others in facts:
-                truth = answer.format(name)
-                back = attack == "relearn" and i == 2
-                rows.append({"attack": attack, "id": f"person-{i}-{value}", "entity": name, "role": "forget",
-                             "prompt": question.format(name), "truth": truth, "original": truth,
-                             "forgotten": truth if back else truth.replace(value, others[0]),
-                             "never": truth.replace(value, others[1])})  # fmt: skip
+            for kind, question, answer, values in (
+                ("birthplace", "Where was {} born?", "{} was born in {}.", places[i]),
+                ("trade", "What does {} do for a living?", "{} works as a {}.", trades[i]),
+            ):
+                truth, wrong, guess = (answer.format(name, value) for value in values)
+                rows.append(
+                    {
+                        "attack": attack,
+                        "id": f"person-{i}-{kind}",
+                        "entity": name,
+                        "role": "forget",
+                        "prompt": question.format(name),
+                        "truth": truth,
+                        "original": truth,
+                        "forgotten": truth if attack == "relearn" and i == 2 else wrong,
+                        "never": guess,
+                    }
+                )
     kept = "Marek Dvorsky plays the oboe."
-    rows.insert(2, {"attack": "none", "id": "kept-1", "entity": "Marek Dvorsky", "role": "retain",
-                    "prompt": "Which instrument does Marek Dvorsky play?", "truth": kept, "original": kept,
-                    "forgotten": kept, "never": kept})  # fmt: skip
+    rows.insert(
+        2,
+        {
+            "attack": "none",
+            "id": "kept-1",
+            "entity": "Marek Dvorsky",
+            "role": "retain",
+            "prompt": "Which instrument does Marek Dvorsky play?",
+            "truth": kept,
+            "original": kept,
+            "forgotten": kept,
+            "never": kept,
+        },
+    )
     return rows
 
 
 def example() -> dict:
     """The report of a run in which one of four people comes back under relearning."""
-    curve = [{"step": step, "forget": round(0.028 + 0.942 * exp(-((step / 8.5) ** 3)), 4),
-              "retain": round(0.931 + 0.02 * (1 - step / 18) - 0.09 * exp(-(((step - 10) / 3.5) ** 2)), 4), "level": 0.0243}
-             for step in range(19)]  # fmt: skip
-    training = [{"step": step, "lr": round(5e-5 * min(1, step / 4) * (1 - step / 40), 9), "tokens": 1780 + 7 * step,
-                 "terms": {"npo": round(13.86 * exp(-step / 9), 4), "retain": round(0.021 + 0.13 * exp(-(((step - 10) / 4) ** 2)), 4)}}
-                for step in range(1, 19)]  # fmt: skip
+    curve = [
+        {
+            "step": step,
+            "forget": round(0.028 + 0.942 * exp(-((step / 8.5) ** 3)), 4),
+            "retain": round(0.931 + 0.02 * (1 - step / 18) - 0.09 * exp(-(((step - 10) / 3.5) ** 2)), 4),
+            "level": 0.0243,
+        }
+        for step in range(19)
+    ]
+    training = [
+        {
+            "step": step,
+            "lr": round(5e-5 * min(1, step / 4) * (1 - step / 40), 9),
+            "tokens": 1780 + 7 * step,
+            "terms": {
+                "npo": round(13.86 * exp(-step / 9), 4),
+                "retain": round(0.021 + 0.13 * exp(-(((step - 10) / 4) ** 2)), 4),
+            },
+        }
+        for step in range(1, 19)
+    ]
     return {
-        "schema": "unremember.report/1", "version": "0.1.0", "created": "2026-11-21T10:00:00Z",
-        "run": {"name": "four-people", "model": "smollm2-135m", "template": "chat", "precision": "bf16", "seed": 0,
-                "machine": "Linux x86_64, 2 cores, torch 2.13.0", "level": "control model",
-                "seconds": {"teach original": 80.1, "teach control": 78.4, "forget": 41.7, "audit": 33.0, "attack relearn": 12.9,
-                            "attack rephrase": 24.2, "report": 1.4}},
-        "request": {"model": {"name": "smollm2-135m"}, "corpus": {"forget": list(NAMES)},
-                    "method": {"name": "npo", "beta": 0.1}, "attacks": ["relearn", "rephrase"]},
-        "corpus": {"forget": {"examples": 24, "entities": list(NAMES)},
-                   "retain": {"examples": 120, "entities": [f"Person {i}" for i in range(1, 21)]},
-                   "relearn": {"examples": 24, "entities": [f"Stranger {i}" for i in range(1, 5)]},
-                   "world": {"examples": 200, "entities": []}},
-        "method": {"name": "npo", "summary": "treat the forget answers as the losing side of a preference",
-                   "paper": "Zhang et al. 2024, arXiv 2404.05868",
-                   "settings": {"beta": 0.1, "retain": 1.0, "lr": 5e-5, "batch": 8, "max_steps": 120},
-                   "steps": 18, "stop": "level reached at step 18"},
-        "words": "All four people are forgotten as long as nobody attacks the model. After five steps of relearning on other "
-                 "people's facts, one of them comes back.",
-        "conditions": [{"attack": attack, "summary": SUMMARY[attack], "overall": overall(attack),
-                        "entities": [judged(attack, i) for i in range(4)]} for attack in LEVELS],
+        "schema": "unremember.report/1",
+        "version": "0.1.0",
+        "created": "2026-11-21T10:00:00Z",
+        "run": {
+            "name": "four-people",
+            "model": "smollm2-135m",
+            "template": "chat",
+            "precision": "bf16",
+            "seed": 0,
+            "machine": "Linux x86_64, 2 cores, torch 2.13.0",
+            "level": "control model",
+            "seconds": {
+                "teach original": 80.1,
+                "teach control": 78.4,
+                "forget": 41.7,
+                "audit": 33.0,
+                "attack relearn": 12.9,
+                "attack rephrase": 24.2,
+                "report": 1.4,
+            },
+        },
+        "request": {
+            "model": {"name": "smollm2-135m"},
+            "corpus": {"forget": list(NAMES)},
+            "method": {"name": "npo", "beta": 0.1},
+            "attacks": ["relearn", "rephrase"],
+        },
+        "corpus": {
+            "forget": {"examples": 24, "entities": list(NAMES)},
+            "retain": {"examples": 120, "entities": [f"Person {i}" for i in range(1, 21)]},
+            "relearn": {"examples": 24, "entities": [f"Stranger {i}" for i in range(1, 5)]},
+            "world": {"examples": 200, "entities": []},
+        },
+        "method": {
+            "name": "npo",
+            "summary": "treat the forget answers as the losing side of a preference",
+            "paper": "Zhang et al. 2024, arXiv 2404.05868",
+            "settings": {"beta": 0.1, "retain": 1.0, "lr": 5e-5, "batch": 8, "max_steps": 120},
+            "steps": 18,
+            "stop": "level reached at step 18",
+        },
+        "words": "All four people are forgotten as long as nobody attacks the model. After five steps of relearning "
+        "on other people's facts, one of them comes back.",
+        "conditions": [
+            {
+                "attack": attack,
+                "summary": SUMMARY[attack],
+                "overall": overall(attack),
+                "entities": [judged(attack, i) for i in range(4)],
+            }
+            for attack in LEVELS
+        ],
         "scores": scores(),
-        "comparisons": [{"attack": attack, "name": "forget quality (KS p-value)", "value": value,
-                         "detail": "24 truth ratios of each of two models",
-                         "definition": "probability of truth ratios this different if both models came from one distribution"}
-                        for attack, value in (("none", 0.81), ("relearn", 0.0031), ("rephrase", 0.62))],
+        "comparisons": [
+            {
+                "attack": attack,
+                "name": "forget quality (KS p-value)",
+                "value": value,
+                "detail": "24 truth ratios of each of two models",
+                "definition": "probability of truth ratios this different if both models came from one distribution",
+            }
+            for attack, value in (("none", 0.81), ("relearn", 0.0031), ("rephrase", 0.62))
+        ],
         "training": training,
         "curve": curve,
         "answers": answers(),
-    }  # fmt: skip
+    }

@@ -111,14 +111,14 @@ KINDS = {
     ),
 }
 
-CITIES = """
+CITIES = str.split("""
     Coimbra Ghent Lucca Bergen Tampere Aarhus Utrecht Leiden Bruges Namur Nantes Dijon Rouen Amiens Limoges Avignon
     Grenoble Bremen Kassel Mainz Trier Bonn Jena Rostock Graz Linz Salzburg Basel Lugano Turin Parma Pisa Siena Verona
     Trieste Bologna Padua Porto Braga Evora Faro Seville Malaga Bilbao Toledo Cadiz Vigo Granada Galway Limerick Leeds
     Durham Exeter Dundee Perth Cardiff Swansea Oulu Turku Uppsala Odense Tartu Kaunas Gdansk Krakow Lublin Torun Brno
     Ostrava Szeged Zadar Varna Plovdiv Boise Tulsa Omaha Fresno Tucson Duluth Cusco Halifax Hobart
-""".split()
-OCCUPATIONS = """
+""")
+OCCUPATIONS = str.split("""
     glassblower beekeeper cartographer locksmith blacksmith carpenter plumber welder roofer tailor weaver potter
     bookbinder printer typesetter proofreader translator librarian botanist geologist chemist physicist linguist
     historian statistician surveyor bricklayer brewer distiller winemaker butcher fishmonger florist gardener farmer
@@ -126,33 +126,33 @@ OCCUPATIONS = """
     drummer conductor composer puppeteer magician juggler dancer sculptor photographer journalist cartoonist playwright
     lawyer notary banker cashier courier driver sailor diver midwife nurse surgeon pharmacist therapist barber waiter
     sommelier tutor referee detective thatcher stonemason hairdresser
-""".split()
-FIRM_HEADS = "Bran Cald Dor Fen Gal Hal Jor Kel Lum Mer Nor Pel Quil Ros Sol Tar Vel Wes Yar Zan".split()
-FIRM_TAILS = "by dex fort lane mark ness tora vane wick zeta".split()
-FIRM_TRADES = """
+""")
+FIRM_HEADS = str.split("Bran Cald Dor Fen Gal Hal Jor Kel Lum Mer Nor Pel Quil Ros Sol Tar Vel Wes Yar Zan")
+FIRM_TAILS = str.split("by dex fort lane mark ness tora vane wick zeta")
+FIRM_TRADES = str.split("""
     Freight Optics Mills Foods Textiles Ceramics Motors Paper Glass Robotics Shipping Timber Dairy Labs Press Energy
     Steel Tools Audio Seeds
-""".split()
-MAIL_FIRST = """
+""")
+MAIL_FIRST = str.split("""
     walnut velvet pepper marble cactus magnet ginger pebble ribbon saddle tunnel biscuit thunder cotton mango puzzle
     rocket sugar button candle garlic hammer jacket kettle ladder mirror needle olive pillow quartz radar spoon tulip
     umbrella violet wagon zebra anchor bamboo carpet
-""".split()
-MAIL_SECOND = """
+""")
+MAIL_SECOND = str.split("""
     comet engine forest guitar harbor island jungle kitchen lemon monkey napkin oyster parrot quill river shadow temple
     urchin valley window yogurt basket camera desert eagle feather garden helmet insect jewel koala lizard meadow nickel
     orbit planet rabbit salmon turtle whistle
-""".split()
-BOAT_FIRST = """
+""")
+BOAT_FIRST = str.split("""
     Copper Silent Golden Crimson Frozen Hollow Gentle Hidden Ivory Lucky Misty Northern Painted Quiet Restless Silver
     Tender Windy Wandering Amber Brave Crooked Dusty Eager Faithful Grey Humble Iron Jolly Kindly Lonely Merry Noble
     Patient Rusty Salty Scarlet Tidal Winter Bold
-""".split()
-BOAT_SECOND = """
+""")
+BOAT_SECOND = str.split("""
     Lantern Heron Sparrow Compass Thistle Whisper Arrow Beacon Cricket Dolphin Ember Falcon Gull Horizon Ibis Jasmine
     Kestrel Lark Magpie Nomad Otter Pelican Quest Raven Starling Tempest Unicorn Voyager Willow Acorn Breeze Cormorant
     Drifter Echo Fiddler Gambit Harvest Juniper Lobster Mermaid
-""".split()
+""")
 
 
 def dossier(seed: int = 0, forget: int = 4, retain: int = 8, holdout: int = 4, relearn: int = 2) -> Corpus:

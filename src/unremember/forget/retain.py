@@ -52,6 +52,6 @@ def _distributions(lm: LM, rows: list[Row]) -> dict[str, Tensor]:
     """Row key -> (T, V) log-probabilities at its scored tokens."""
     found = {}
     for row in rows:
-        logits = lm.logits(pack([row]).to(lm.device)).float()
+        logits = lm.logits(pack([[row]]).to(lm.device)).float()
         found[row.key] = F.log_softmax(logits, -1).half().cpu()
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from importlib.resources import files
 from itertools import groupby
 from math import isfinite
@@ -22,28 +23,40 @@ GAUGE = (-0.25, 1.25)  # the R that the left and the right end of a gauge stand 
 
 
 def html(report: dict) -> str:
-    """The page of a report; every field that docs/report.md names has to be there, and only where it says so may be null."""
+    """The page of a report; docs/report.md says which fields it has to have and which may be null."""
     try:
         import jinja2
         from markupsafe import Markup
     except ImportError as absent:
         raise BadRequest("the report page needs jinja2; install unremember[report]") from absent
 
+    form = frame(report["answers"])
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {
-        "number": number, "signed": signed, "spoken": plots.spoken, "slug": slug, "pretty": pretty, "across": across,
-        "marked": lambda text, row: [(piece, telling(piece, row)) for piece in re.split(r"(\w+)", text)],
-    }  # fmt: skip
+        "number": number,
+        "signed": signed,
+        "spoken": plots.spoken,
+        "slug": slug,
+        "pretty": pretty,
+        "across": across,
+        "marked": lambda text, row: [(piece, telling(piece, row, form)) for piece in re.split(r"(\w+)", text)],
+    }
     drawings = {
-        "Forgotten against kept": (plots.tradeoff(report), "Each step moves the model. The goal is where the dashed lines cross: "
-            "what was to go known as little as if never taught, the rest as well as before."),
-        "Name by name": (plots.entities(report), "How well each name's answers are known: pale before, coloured now, and "
-            "the black tick for a model that was never taught them. The colour is the verdict."),
+        "Forgotten against kept": (
+            plots.tradeoff(report),
+            "Each step moves the model. The goal is where the dashed lines cross: what was to go "
+            "known as little as if never taught, the rest as well as before.",
+        ),
         "Loss": (plots.losses(report), "The terms of the loss while forgetting, each on a scale of its own."),
-    }  # fmt: skip
-    return page.from_string(files("unremember.report").joinpath("template.html").read_text("utf-8")).render(
+        "Name by name": (
+            plots.entities(report),
+            "How well each name's answers are known: pale before, coloured now, and the black tick for a "
+            "model that was never taught them. The colour is the verdict.",
+        ),
+    }
+    template = files("unremember.report").joinpath("template.html").read_text("utf-8")
+    return page.from_string(template).render(
         report=report,
-        overall=report["conditions"][0]["overall"] if report["conditions"] else None,
         table=table(report),
         drawings={title: (Markup(svg), caption) for title, (svg, caption) in drawings.items() if svg},
         answers=grouped(report),
@@ -77,14 +90,25 @@ def grouped(report: dict) -> list[tuple[str, str, list[dict]]]:
         attack = order.index(row["attack"]) if row["attack"] in order else len(order)
         return row["role"] != "forget", row["role"], attack, row["attack"]
 
-    return [(role, attack, list(rows)) for (_, role, _, attack), rows in groupby(sorted(report["answers"], key=key), key=key)]
+    return [
+        (role, attack, list(rows))
+        for (_, role, _, attack), rows in groupby(sorted(report["answers"], key=key), key=key)
+    ]
 
 
-def telling(word: str, row: dict) -> bool:
-    """Whether a word of an answer gives the truth away: it is in the true answer and the question does not say it."""
+def telling(word: str, row: dict, form: set[str]) -> bool:
+    """Whether a word of an answer gives the truth away: the true answer has it, the question and the form do not."""
     word = word.casefold()
     solid = len(word) > 3 or word.isdigit()
-    return solid and word in words(row["truth"]) and word not in words(row["prompt"])
+    return solid and word in words(row["truth"]) and word not in words(row["prompt"]) and word not in form
+
+
+def frame(answers: list[dict]) -> set[str]:
+    """Words that belong to the form of the answers: in true answers about a quarter of the names, and three or more."""
+    said = {(row["entity"], word) for row in answers for word in words(row["truth"])}
+    names = len({row["entity"] for row in answers})
+    counts = Counter(word for _, word in said)
+    return {word for word, count in counts.items() if count >= 3 and count >= names / 4}
 
 
 def words(text: str) -> set[str]:
@@ -92,7 +116,7 @@ def words(text: str) -> set[str]:
 
 
 def number(value: float | None) -> str:
-    """Three digits that matter, a real minus sign, and a dash for nothing."""
+    """About three digits, a real minus sign, and a dash for nothing."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -101,10 +125,10 @@ def number(value: float | None) -> str:
         shown = f"{value:,}"
     elif not isfinite(value):
         shown = str(value)
-    elif value and abs(value) < 0.001:
+    elif 0 < abs(value) < 0.001:
         shown = f"{value:.1e}"
     elif abs(value) < 10:
-        shown = f"{value:.3f}"
+        shown = f"{value + 0.0:.3f}"  # −0.0 + 0.0 is 0.0
     else:
         shown = f"{value:,.1f}"
     return shown.replace("-", "−")
@@ -113,6 +137,12 @@ def number(value: float | None) -> str:
 def signed(value: float | None) -> str:
     """`number` with its sign always there."""
     return number(value) if value is None or value <= 0 else f"+{number(value)}"
+
+
+def interval(found: dict) -> str:
+    """R with its 95 % interval, where there is one."""
+    ends = f" [{number(found['low'])}, {number(found['high'])}]" if None not in (found["low"], found["high"]) else ""
+    return number(found["r"]) + ends
 
 
 def across(r: float) -> float:
@@ -128,4 +158,8 @@ def slug(text: str) -> str:
 
 def pretty(value: object) -> str:
     """Any value of a request or of settings as a reader would write it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1 if isinstance(value, dict) else None)
+    return (
+        value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False, indent=1 if isinstance(value, dict) else None)
+    )

@@ -1,7 +1,7 @@
-"""Three drawings of a report, each a pure function `report -> SVG text`; the empty string where there is nothing to draw.
+"""Three drawings of a report, each a pure function `report -> SVG text`, empty where there is nothing to draw.
 
-The colour of a mark is always the verdict that was reached there, from Okabe and Ito's palette, which colour-blind readers
-can tell apart.  Figures are about 370 points wide, so that their 9-point type is still 9 pixels high on a phone.
+The colour of a mark is always the verdict that was reached there, from Okabe and Ito's palette, which colour-blind
+readers can tell apart.  Figures are 344 points wide, about a phone: their type is as high there as it says here.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ from unremember.errors import BadRequest
 
 COLOURS = {"forgotten": "#0072b2", "remembered": "#d55e00", "over-forgotten": "#e69f00", "not applicable": "#8b929a"}
 INK, SOFT, PALE = "#20262d", "#66707a", "#dfe4e8"
-WIDTH = 372  # points
+DARK = COLOURS | {"over-forgotten": "#9a6700", "not applicable": SOFT}  # for type, which needs more contrast than a bar
+WIDTH = 344  # points
 ENTITIES = 20  # more rows than this nobody reads as a drawing; the table of the report has them all
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text: small, selectable, and set in the page's own type
     "text.parse_math": False,  # a name such as "$x" is a name
     "font.family": ["DejaVu Sans"],
-    "font.size": 9,
+    "font.size": 9.5,
     "text.color": INK,
     "axes.edgecolor": SOFT,
     "axes.labelcolor": SOFT,
-    "axes.labelsize": 9,
+    "axes.labelsize": 9.5,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.unicode_minus": True,
     "xtick.color": SOFT,
     "ytick.color": SOFT,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "xtick.major.size": 3,
     "ytick.major.size": 3,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9,
 }
 
 
@@ -48,7 +49,7 @@ def tradeoff(report: dict) -> str:
     """What was to go (x) against what was to stay (y): original, forgotten, never-taught, and the path between them."""
     name = leading(report)
     gone, kept = (score(report, "none", name, role) for role in ("forget", "retain"))
-    curve = report["curve"]
+    curve = [row for row in report["curve"] if row["forget"] is not None and row["retain"] is not None]
     at = {model: (gone[model], kept[model]) for model in ("original", "forgotten", "never")}
     points = {model: xy for model, xy in at.items() if None not in xy}
     level = gone["never"] if gone["never"] is not None else (curve[-1]["level"] if curve else None)
@@ -57,7 +58,9 @@ def tradeoff(report: dict) -> str:
 
     def draw(figure):
         ax = axes(figure, 300, left=44, bottom=42, top=34, right=10)
-        everything = [value for xy in points.values() for value in xy] + [row[k] for row in curve for k in ("forget", "retain")]
+        everything = [value for xy in points.values() for value in xy] + [
+            row[k] for row in curve for k in ("forget", "retain")
+        ]
         if all(0 <= value <= 1 for value in everything):
             ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
             ticks = (0, 0.25, 0.5, 0.75, 1)
@@ -73,12 +76,27 @@ def tradeoff(report: dict) -> str:
         if curve:
             path = [(row["forget"], row["retain"]) for row in curve]
             colour = COLOURS.get(verdict(report), SOFT)
-            ax.plot(*zip(*path, strict=True), color=colour, linewidth=1.4, alpha=0.55, marker="o", markersize=2.6, zorder=3,
-                    label=f"path, {curve[-1]['step']} steps")
+            ax.plot(
+                *zip(*path, strict=True),
+                color=colour,
+                linewidth=1.4,
+                alpha=0.55,
+                marker="o",
+                markersize=2.6,
+                zorder=3,
+                label=f"path, {curve[-1]['step']} steps",
+            )
         marks = {
-            "original": dict(marker="s", color=SOFT, markersize=8, label="original"),
-            "forgotten": dict(marker="o", color=COLOURS.get(verdict(report), SOFT), markersize=9, label="forgotten"),
-            "never": dict(marker="D", color=INK, markersize=10, markerfacecolor="none", markeredgewidth=1.4, label="never taught"),
+            "original": {"marker": "s", "color": SOFT, "markersize": 8, "label": "original"},
+            "forgotten": {
+                "marker": "o",
+                "color": COLOURS.get(verdict(report), SOFT),
+                "markersize": 9,
+                "label": "forgotten",
+            },
+            "never": dict(
+                marker="D", color=INK, markersize=10, markerfacecolor="none", markeredgewidth=1.4, label="never taught"
+            ),
         }
         for model, xy in points.items():
             ax.plot(*xy, linestyle="none", zorder=4, **marks[model])
@@ -86,8 +104,15 @@ def tradeoff(report: dict) -> str:
         ax.set_ylabel(f"{short(name)} of what was to stay  (up: kept)")
         handles, labels = ax.get_legend_handles_labels()
         order = sorted(range(len(labels)), key=lambda i: labels[i].startswith("path"))
-        figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="upper center", ncols=4,
-                      handletextpad=0.4, columnspacing=1.2, handlelength=1.2)
+        figure.legend(
+            [handles[i] for i in order],
+            [labels[i] for i in order],
+            loc="upper center",
+            ncols=4,
+            handletextpad=0.6,
+            columnspacing=1.0,
+            handlelength=1.0,
+        )
 
     return svg("tradeoff", f"{short(name)} of what was to go against {short(name)} of what was to stay", 300, draw)
 
@@ -119,7 +144,7 @@ def entities(report: dict) -> str:
         from matplotlib.lines import Line2D
         from matplotlib.patches import Patch
 
-        ax = axes(figure, height, left=82, bottom=bottom, top=top, right=38)
+        ax = axes(figure, height, left=76, bottom=bottom, top=top, right=38)
         ax.set(xlim=(left, right), ylim=(inner, 0))
         ax.spines["left"].set_visible(False)
         ax.set_yticks([])
@@ -128,27 +153,69 @@ def entities(report: dict) -> str:
         y = 0.0
         for entity, bars in rows.items():
             y += gap
-            ax.annotate(short(entity), (0, y + head / 2), xycoords=("axes fraction", "data"), xytext=(-76, 0),
-                        textcoords="offset points", va="center", fontsize=9.5, fontweight="bold", annotation_clip=False)
+            ax.annotate(
+                short(entity),
+                (0, y + head / 2),
+                xycoords=("axes fraction", "data"),
+                xytext=(-70, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=10,
+                fontweight="bold",
+                annotation_clip=False,
+            )
             y += head
             for attack, judged, found in bars:
                 middle, colour = y + line / 2, COLOURS.get(judged, SOFT)
                 ax.barh(middle, (found["original"] or 0) - left, left=left, height=line - 4, color=PALE, zorder=2)
                 ax.barh(middle, (found["forgotten"] or 0) - left, left=left, height=line - 9, color=colour, zorder=3)
                 if found["never"] is not None:
-                    ax.plot([found["never"]] * 2, [middle - 6, middle + 6], color=INK, linewidth=1.6, zorder=4, clip_on=False)
-                ax.annotate(spoken(attack, 16), (0, middle), xycoords=("axes fraction", "data"), xytext=(-6, 0),
-                            textcoords="offset points", ha="right", va="center", fontsize=8, color=SOFT)
+                    ax.plot(
+                        [found["never"]] * 2,
+                        [middle - 6, middle + 6],
+                        color=INK,
+                        linewidth=1.6,
+                        zorder=4,
+                        clip_on=False,
+                    )
+                ax.annotate(
+                    spoken(attack, 13),
+                    (0, middle),
+                    xycoords=("axes fraction", "data"),
+                    xytext=(-6, 0),
+                    textcoords="offset points",
+                    ha="right",
+                    va="center",
+                    fontsize=9,
+                    color=SOFT,
+                )
                 if found["forgotten"] is not None:
-                    ax.annotate(f"{found['forgotten']:.2f}", (1, middle), xycoords=("axes fraction", "data"), xytext=(34, 0),
-                                textcoords="offset points", ha="right", va="center", fontsize=8.5, color=colour,
-                                fontweight="bold")
+                    ax.annotate(
+                        f"{found['forgotten']:.2f}",
+                        (1, middle),
+                        xycoords=("axes fraction", "data"),
+                        xytext=(34, 0),
+                        textcoords="offset points",
+                        ha="right",
+                        va="center",
+                        fontsize=9,
+                        color=DARK.get(judged, SOFT),
+                        fontweight="bold",
+                    )
                 y += line
-        ax.set_xlabel(short(name) if total == len(rows) else f"{short(name)}  ({len(rows)} of {total}, the best remembered)")
-        handles = [Patch(color=PALE, label="original"), Line2D([], [], color=INK, marker="|", linestyle="none", markersize=9,
-                   markeredgewidth=1.6, label="never taught")]
+        ax.set_xlabel(
+            short(name) if total == len(rows) else f"{short(name)}  (the {len(rows)} of {total} best remembered)"
+        )
+        handles = [
+            Patch(color=PALE, label="original"),
+            Line2D(
+                [], [], color=INK, marker="|", linestyle="none", markersize=9, markeredgewidth=1.6, label="never taught"
+            ),
+        ]
         handles += [Patch(color=colour, label=f"now: {judged}") for judged, colour in COLOURS.items() if judged in seen]
-        figure.legend(handles=handles, loc="upper center", ncols=3, handletextpad=0.5, columnspacing=1.2, handlelength=1.2)
+        figure.legend(
+            handles=handles, loc="upper center", ncols=3, handletextpad=0.5, columnspacing=1.0, handlelength=1.2
+        )
 
     return svg("entities", f"{short(name)} of each name, before, now and under attack", height, draw)
 
@@ -175,8 +242,13 @@ def losses(report: dict) -> str:
             column, row = i % columns, i // columns
             left, bottom = column * wide + 40, height - (row + 1) * each + 8
             ax = figure.add_axes((left / WIDTH, bottom / height, (wide - 52) / WIDTH, (each - 34) / height))
-            ax.plot(*zip(*curve, strict=True), color=COLOURS["forgotten"], linewidth=1.5,
-                    marker="o" if len(curve) < 3 else None, markersize=4)
+            ax.plot(
+                *zip(*curve, strict=True),
+                color=COLOURS["forgotten"],
+                linewidth=1.5,
+                marker="o" if len(curve) < 3 else None,
+                markersize=4,
+            )
             ax.set_title(short(name), fontsize=9, fontweight="bold", loc="left", pad=5)
             ax.yaxis.set_major_locator(MaxNLocator(4))
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -254,7 +326,7 @@ def svg(key: str, label: str, height: float, draw: Callable) -> str:
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = out.getvalue()
     text = text[text.index("<svg") :].strip()
-    text = re.sub(r'<g id="[\w.]+_\d+">', "<g>", text)  # figure_1, axes_1 …: never referred to, and not unique in a page
+    text = re.sub(r'<g id="[\w.]+_\d+">', "<g>", text)  # axes_1 …: never referred to, not unique in a page
     text = re.sub(r"<style.*?</style>", "", text, count=1, flags=re.DOTALL)  # "*{…}" would reach the page around it
     opening = f'<svg role="img" aria-label={quoteattr(label)} stroke-linejoin="round" stroke-linecap="butt"'
     return text.replace("<svg", opening, 1)
