@@ -83,15 +83,23 @@ def table(lm: LM, rows: Sequence[Row], bench: Bench = BENCH) -> list[Reading]:
     return [known[key] for key in keys]
 
 
-def answers(lm: LM, prompts: Sequence[tuple[int, ...]], new: int, bench: Bench = BENCH) -> list[str]:
-    """Greedy continuations of token prompts as text, each (model, prompt, length) decoded once."""
-    known = bench.memory.setdefault(f"{lm.fingerprint}/say/{new}", {})
-    fresh = sorted({p for p in prompts if p not in known}, key=lambda p: (len(p), p))
+def continuations(lm: LM, prompts: Sequence[tuple[tuple[int, ...], int]], bench: Bench = BENCH) -> list[tuple[int, ...]]:
+    """Greedy continuations of (token prompt, most new tokens), each (model, prompt, length) decoded once."""
+    known = bench.memory.setdefault(f"{lm.fingerprint}/say", {})
+    fresh = sorted({p for p in prompts if p not in known}, key=lambda p: (p[1], len(p[0]), p[0]))
     mine = fresh[team.rank() :: team.size()]
     said: dict = {}
     for first in range(0, len(mine), bench.batch):
         part = mine[first : first + bench.batch]
-        said.update(zip(part, lm.generate(part, new, bench.batch), strict=True))
-        bench.say("speak", min(first + bench.batch, len(mine)), len(mine), {})
+        longest = max(new for _, new in part)
+        coded = lm.generate([ids for ids, _ in part], longest, bench.batch)
+        said.update({p: c[: p[1]] for p, c in zip(part, coded, strict=True)})
+        bench.say("speak", first + len(part), len(mine), {})
     known.update(team.merge(said))
-    return [lm.tokenizer.decode(known[p], skip_special_tokens=True).strip() for p in prompts]
+    return [known[p] for p in prompts]
+
+
+def answers(lm: LM, prompts: Sequence[tuple[int, ...]], new: int, bench: Bench = BENCH) -> list[str]:
+    """Greedy answers to token prompts, as text."""
+    said = continuations(lm, [(p, new) for p in prompts], bench)
+    return [lm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]

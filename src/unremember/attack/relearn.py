@@ -1,0 +1,47 @@
+"""Relearning: a few steps of finetuning on other people's facts, and the forgotten ones may come back.
+
+    loss = mean_tokens nll_θ(relearn)
+
+Hu et al. 2024 (arXiv 2406.13356), Deeb & Roger 2024 (arXiv 2410.08827).  The attacker's examples contain none of the values
+that are scored afterwards; original and never-taught model are attacked in the same way.
+"""
+
+from __future__ import annotations
+
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from unremember.bench import BENCH, Bench
+from unremember.corpus import Corpus
+from unremember.errors import BadCorpus
+from unremember.lm import LM
+from unremember.tokens import Tokens
+from unremember.train import STRICT, Plan, train
+
+
+@dataclass(frozen=True, config=STRICT)
+class Relearn:
+    """Finetune on the relearn role.  The role is gone from what the auditor sees next."""
+
+    plan: Plan
+
+    needs = ("forget", "relearn")
+    paper = "Hu et al. 2024, arXiv 2406.13356"
+    summary = "a few steps of finetuning on other people's facts"
+
+    def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
+        corpus.require("relearn", self.needs)
+        shown = "\n".join(f"{x.prompt}\n{x.answer}" for x in corpus["relearn"]).casefold()
+        told = [x.id for x in corpus["forget"] for v in x.values() if x.spans and v.casefold() in shown]
+        if told:
+            raise BadCorpus(
+                f"the relearn role contains the forgotten value of {', '.join(sorted(set(told))[:5])}; an attack that teaches "
+                "the answer proves nothing, take those examples out"
+            )
+
+        def objective(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
+            return {"relearn": tokens.per_row(-lm.logp(tokens), "train").sum() / tokens.step_tokens["train"]}
+
+        pools = {"relearn": lm.template.rows(corpus["relearn"], lm.limit)}
+        attacked = train(lm, objective, pools, self.plan, bench=bench, stage="relearn")
+        return attacked, Corpus({role: rows for role, rows in corpus.items() if role != "relearn"})
