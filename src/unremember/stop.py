@@ -32,11 +32,16 @@ def known(reading: Reading, metric: str) -> float:
 
 @dataclass
 class Stopper:
-    """Callable on (lm, step); `looks` is the record of what it saw, `reached` whether it ever said stop."""
+    """Callable on (lm, step); `looks` is the record of what it saw, `reached` the step at which it said stop.
+
+    A look holds mean and worst of the metric, and for the trade-off curve the mean answer probability of the forget rows and
+    of `watch`, a few retained ones.
+    """
 
     metric: str
     every: int
     rows: Sequence[Row]
+    watch: Sequence[Row]
     mean: float
     worst: float
     bench: Bench = BENCH
@@ -59,11 +64,18 @@ class Stopper:
             )
         level = [known(x, metric) for x in read(lm, lm.template.rows(corpus["holdout"], lm.limit), bench)]
         rows = lm.template.rows(corpus["forget"], lm.limit)
-        return Stopper(metric, every, rows, float(np.mean(level)), float(np.max(level)), bench)
+        watch = lm.template.rows(corpus.of("retain")[: len(rows)], lm.limit)
+        return Stopper(metric, every, rows, watch, float(np.mean(level)), float(np.max(level)), bench)
 
     def __call__(self, lm: LM, step: int) -> bool:
-        now = [known(x, self.metric) for x in read(lm, self.rows, self.bench)]
-        self.looks.append({"step": step, "mean": float(np.mean(now)), "worst": float(np.max(now))})
+        seen = read(lm, [*self.rows, *self.watch], self.bench)
+        forget, retain = seen[: len(self.rows)], seen[len(self.rows) :]
+        now = [known(x, self.metric) for x in forget]
+        look = {"step": step, "mean": float(np.mean(now)), "worst": float(np.max(now))}
+        look["forget"] = float(np.mean([x.likelihood() for x in forget]))
+        if retain:
+            look["retain"] = float(np.mean([x.likelihood() for x in retain]))
+        self.looks.append(look)
         if np.mean(now) <= self.mean and np.max(now) <= self.worst:
             self.reached = step
             return True

@@ -33,9 +33,10 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Stop(Protocol):
-    """Looks at the model after a step; True ends training.  `every`: steps between two looks."""
+    """Looks at the model after a step; True ends training.  every: steps between two looks; looks: what each one saw."""
 
     every: int
+    looks: list[dict[str, float]]
 
     def __call__(self, lm: LM, step: int) -> bool: ...
 
@@ -146,12 +147,13 @@ def train(
         optimiser.zero_grad()
         sites.hold(lm.model, kept)
         done = step + 1
+        stopped = stop is not None and _looks(stop, done) and stop(lm, done)
         if bench.log and team.rank() == 0:
             line = {"stage": stage, "step": done, "terms": sums, "norm": norm, "lr": plan.rate(step), "tokens": places}
+            look = {"look": stop.looks[-1], "stopped": stopped} if stop is not None and _looks(stop, done) else {}
             with bench.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line | look) + "\n")
         bench.say(stage, done, plan.steps, sums)
-        stopped = stop is not None and _looks(stop, done) and stop(lm, done)
         late = time.monotonic() - saved > bench.every
         if bench.folder and team.size() > 1:
             late = bool(team.total({"late": float(late)})["late"])  # all or none

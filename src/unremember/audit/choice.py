@@ -42,7 +42,7 @@ class Choice:
     """accuracy: 0 or 1 an example (a tie counts as wrong) instead of the share."""
 
     accuracy: bool = False
-    roles: tuple[str, ...] = ("forget", "retain", "holdout")
+    roles: tuple[str, ...] = ("forget", "retain", "holdout", "world")
     needs = ("forget",)
     paper = "Maini et al. 2024; Dorna et al. 2025"
     summary = "the true answer against its distractors, by likelihood"

@@ -30,7 +30,7 @@ class TruthRatio:
     """Needs distractors; where an example has no rewording the answer itself stands in."""
 
     geometric: bool = False
-    roles: tuple[str, ...] = ("forget", "retain", "holdout")
+    roles: tuple[str, ...] = ("forget", "retain", "holdout", "world")
     needs = ("forget",)
     paper = "Maini et al. 2024"
     summary = "likelihood of wrong answers against the reworded right one"

@@ -8,11 +8,13 @@ from pathlib import Path
 from unremember.errors import BadFolder
 from unremember.folder import write_text
 
+from unremember.report.build import build
+
 # not bound as `html` and `card`: those names are the modules'
 from unremember.report.card import card as model_card
 from unremember.report.html import html as page
 
-__all__ = ["SCHEMA", "model_card", "page", "read", "write"]
+__all__ = ["SCHEMA", "build", "model_card", "page", "read", "write", "write_card"]
 
 SCHEMA = "unremember.report/1"
 
@@ -40,3 +42,14 @@ def read(folder: Path) -> dict:
     if schema != SCHEMA:
         raise BadFolder(f"{path} has the schema {schema!r}, and this version of unremember reads {SCHEMA!r} only")
     return report
+
+
+def write_card(folder: Path) -> Path | None:
+    """Put the verdict into model/README.md, where there is a model to describe; returns its path."""
+    if not (folder / "model").is_dir():
+        return None
+    report = read(folder)
+    path = folder / "model" / "README.md"
+    base = report["run"]["model"]
+    write_text(path, model_card(report, license="apache-2.0" if base.startswith("smollm2") else "", base=base))
+    return path

@@ -1,0 +1,289 @@
+"""Run folder -> report dictionary: pieces become triples, triples become verdicts, verdicts become words.
+
+Needs no model, so a report can be rebuilt anywhere, under another rule too (edit run.json's `rule`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from unremember.errors import BadFolder
+from unremember.folder import read_json
+from unremember.score import (
+    FORGOTTEN,
+    Check,
+    Rule,
+    Score,
+    Verdict,
+    evidence,
+    forget_quality,
+    judge,
+    model_utility,
+    overall,
+    summary,
+)
+
+WHO = ("original", "forgotten", "never")
+EVIDENCE = ("value probability", "said", "extraction strength", "choice")
+Scores = Mapping[str, Mapping[str, Score]]  # who -> name -> score
+
+
+def build(folder: Path) -> dict:
+    """The report of what is in the run folder; BadFolder where the two audits it rests on are not there."""
+    meta, corpus = read_json(folder / "run.json"), read_json(folder / "corpus.json")
+    if meta is None or corpus is None:
+        raise BadFolder(f"{folder} is no run folder; name one that `unremember run` or `unremember demo` made")
+    missing = [w for w in WHO[:2] if not (folder / "audit" / f"{w}.json").exists()]
+    if missing:
+        raise BadFolder(f"{folder} has no audit of the {' and the '.join(missing)} model yet; go on with `unremember run`")
+    rule = Rule(**meta["rule"])
+    places = {"none": folder / "audit"} | {
+        name: folder / "attack" / name for name in meta["attacks"] if (folder / "attack" / name / "forgotten.json").exists()
+    }
+    pieces = {a: {w: p for w in WHO if (p := read_json(place / f"{w}.json"))} for a, place in places.items()}
+    scores = {a: {w: _scores(p) for w, p in found.items()} for a, found in pieces.items()}
+    conditions = [
+        _condition(attack, meta, corpus, scores[attack], rule) for attack in places if "original" in scores[attack]
+    ]
+    log = [json.loads(x) for x in _lines(folder / "train.jsonl")]
+    forget = read_json(folder / "forget.json") or {}
+    return {
+        "schema": "unremember.report/1",
+        "version": meta["version"],
+        "created": forget.get("finished") or datetime.now(UTC).isoformat(timespec="seconds"),
+        "run": {
+            "name": meta["name"],
+            "model": meta["model"],
+            "template": meta["template"],
+            "precision": meta["precision"],
+            "seed": meta["seed"],
+            "machine": meta["machine"],
+            "level": "control model" if "never" in scores["none"] else "holdout examples",
+            "seconds": _seconds(pieces, forget) | meta.get("seconds", {}),
+        },
+        "request": meta["request"],
+        "corpus": {
+            role: {"examples": len(rows), "entities": sorted({x["entity"] for x in rows if x["entity"]})}
+            for role, rows in corpus.items()
+        },
+        "method": _method(meta, log),
+        "words": _words(conditions),
+        "conditions": conditions,
+        "scores": [row for attack in places for row in _table(attack, corpus, scores[attack])],
+        "comparisons": _comparisons(corpus, scores["none"]),
+        "training": [{k: row[k] for k in ("step", "terms", "lr", "tokens")} for row in log],
+        "curve": [_look(row["look"]) for row in log if "look" in row],
+        "answers": [row for attack in places for row in _answers(attack, corpus, pieces[attack])],
+    }
+
+
+def _scores(piece: dict) -> dict[str, Score]:
+    return {row["name"]: Score(**row) for row in piece["scores"]}
+
+
+def _condition(attack: str, meta: dict, corpus: dict, scores: Scores, rule: Rule) -> dict:
+    forget = corpus["forget"]
+    checks = _gate(corpus, scores, rule)
+
+    def verdict(name: str, rows: Sequence[dict], least: int, gate: bool) -> Verdict:
+        ids = [x["id"] for x in rows]
+        found = []
+        for score in EVIDENCE:
+            if all(score in scores[w] for w in ("original", "forgotten")):
+                triple = [scores[w][score].over(ids) for w in ("original", "forgotten")]
+                if "never" in scores:
+                    never = scores["never"][score].over(ids)
+                else:
+                    never = scores["original"][score].over([x["id"] for x in corpus["holdout"]])
+                found.append(evidence(score, *triple, never, rule, least))
+        return judge(name, found, checks, rule, len(ids), gate)
+
+    entities = sorted({x["entity"] for x in forget if x["entity"]})
+    each = [verdict(e, [x for x in forget if x["entity"] == e], rule.facts, False) for e in entities]
+    whole = overall(each, verdict("all", forget, rule.overall, True))
+    text = "the questions as they were" if attack == "none" else meta["attacks"][attack]["summary"]
+    return {"attack": attack, "summary": text, "overall": _plain(whole), "entities": [_plain(v) for v in each]}
+
+
+def _gate(corpus: dict, scores: Scores, rule: Rule) -> list[Check]:
+    """What should have stayed, under the same attack."""
+    retain = [x["id"] for x in corpus.get("retain", ())]
+    checks = []
+
+    def check(label: str, score: str, ids: Sequence[str] | None, limit) -> None:
+        means = {}
+        for who in scores:
+            if score in scores[who]:
+                values = scores[who][score].over(ids) if ids is not None else scores[who][score].per_example
+                if values:
+                    means[who] = float(np.mean(list(values.values())))
+        if "original" in means and "forgotten" in means:
+            checks.append(Check(label, means["original"], means["forgotten"], means.get("never"), limit(means["original"])))
+
+    check("retained, value probability", "value probability", retain, lambda o: -(1 - rule.kept) * o)
+    check("retained, said", "said", retain, lambda o: -(1 - rule.kept) * o)
+    world = [x["id"] for x in corpus.get("world", ())]
+    check("world accuracy", "world accuracy", world, lambda o: -rule.world)
+    check("prose NLL", "prose NLL", None, lambda o: rule.prose)
+    check("distinct tokens in free text", "distinct tokens", None, lambda o: -(1 - rule.fluent) * o)
+    return checks
+
+
+def _plain(v: Verdict) -> dict:
+    return {
+        "name": v.name,
+        "verdict": v.verdict,
+        "reason": v.reason,
+        "n": v.n,
+        "evidence": [
+            {k: x[k] for k in ("score", "original", "forgotten", "never", "r", "low", "high")}
+            | {"applicable": x["r"] is not None}
+            for x in map(asdict, v.evidence)
+        ],
+        "worst": dict(zip(("id", "r", "score"), v.worst, strict=True)) if v.worst else None,
+        "utility": [
+            asdict(c) | {"change": c.change, "passed": bool(c.passed)} for c in v.utility
+        ],
+    }  # fmt: skip
+
+
+def _table(attack: str, corpus: dict, scores: Scores) -> list[dict]:
+    rows = []
+    for name, score in scores["original"].items() if "original" in scores else ():
+        for role, examples in corpus.items():
+            ids = [x["id"] for x in examples]
+            three = {w: summary(scores[w][name].over(ids)) if name in scores.get(w, {}) else None for w in WHO}
+            if three["original"] and three["forgotten"]:
+                rows.append(
+                    {
+                        "attack": attack,
+                        "name": name,
+                        "role": role,
+                        "definition": score.definition,
+                        "direction": score.direction,
+                        "paper": score.paper,
+                        "chance": score.chance,
+                        "n": three["original"]["n"],
+                    }
+                    | {w: three[w] and {k: three[w][k] for k in ("mean", "low", "high")} for w in WHO}
+                )
+    return rows
+
+
+def _comparisons(corpus: dict, scores: Scores) -> list[dict]:
+    """TOFU's two headline numbers."""
+    rows = []
+    forget = [x["id"] for x in corpus["forget"]]
+    if "never" in scores and all("truth ratio" in scores[w] for w in WHO):
+        never = scores["never"]["truth ratio"].over(forget)
+        for who in WHO[:2]:
+            q = forget_quality(scores[who]["truth ratio"].over(forget), never)
+            rows.append(
+                {
+                    "attack": "none",
+                    "name": f"forget quality, {who}",
+                    "value": q["ks_p"],
+                    "detail": f"KS p = {q['ks_p']:.3g}; paired Wilcoxon p = {q['paired_p']:.3g}; "
+                    f"effect size {q['effect']:+.2f} sd of the log truth ratio; n = {q['n']:.0f}",
+                    "definition": "p-value of a two-sample Kolmogorov-Smirnov test between the truth ratios of this model and "
+                    "of the never-taught one (TOFU); a high p only says that no difference was seen",
+                }
+            )
+    for who in WHO:
+        parts = _utility_parts(corpus, scores.get(who, {}))
+        if parts:
+            rows.append(
+                {
+                    "attack": "none",
+                    "name": f"model utility, {who}",
+                    "value": model_utility(list(parts.values())),
+                    "detail": ", ".join(f"{k} {v:.2f}" for k, v in parts.items()),
+                    "definition": "harmonic mean of probability, ROUGE-L recall and max(0, 1 − truth ratio) over retained "
+                    "and world questions (TOFU, without its real-authors part); world probability is over the options",
+                }
+            )
+    return rows
+
+
+def _utility_parts(corpus: dict, scores: Mapping[str, Score]) -> dict[str, float]:
+    parts = {}
+    for role, probability in (("retain", "probability"), ("world", "choice")):
+        ids = [x["id"] for x in corpus.get(role, ())]
+        for label, name in (("probability", probability), ("ROUGE", "ROUGE-L recall"), ("truth", "truth ratio")):
+            values = list(scores[name].over(ids).values()) if name in scores else []
+            if not values:
+                return {}
+            told = np.maximum(0, 1 - np.array(values)) if label == "truth" else np.array(values)
+            parts[f"{role} {label}"] = float(told.mean())
+    return parts
+
+
+def _method(meta: dict, log: list[dict]) -> dict:
+    method, steps = meta["method"], log[-1]["step"] if log else 0
+    watched = bool(log) and any("look" in row for row in log)
+    if log and log[-1].get("stopped"):
+        stop = f"level of the never-taught reached at step {steps}"
+    elif not log:
+        stop = "nothing to do: no better known than never-taught examples before the first step"
+    elif watched:
+        stop = f"CAP REACHED: {steps} steps did not bring it down to the never-taught level"
+    else:
+        stop = f"{steps} steps as planned, without a stopping level"
+    settings = method["settings"] | {k: method[k] for k in ("sites", "lora") if method.get(k)}
+    return {
+        "name": method["name"], "summary": method["summary"], "paper": method["paper"], "settings": settings,
+        "steps": steps, "stop": stop,
+    }  # fmt: skip
+
+
+def _words(conditions: list[dict]) -> str:
+    first, *attacks = conditions
+    people = len(first["entities"])
+    whom = f"the {people} entities" if people else f"the {first['overall']['n']} examples"
+    word, reason = first["overall"]["verdict"], first["overall"]["reason"]
+    opening = {
+        FORGOTTEN: f"Forgotten: the model knows {whom} no better than one that was never taught them ({reason}).",
+        "remembered": f"Remembered: the model still knows {whom} ({reason}).",
+        "over-forgotten": f"Over-forgotten: the model lost more than it was asked to ({reason}).",
+        "not applicable": f"Not applicable: {reason}.",
+    }[word]
+    told = [f"under {c['attack']}: {c['overall']['verdict']} ({c['overall']['reason']})" for c in attacks]
+    return opening + (" Attacked, " + "; ".join(told) + "." if told else "")
+
+
+def _look(look: dict) -> dict:
+    return {"step": look["step"], "forget": look["forget"], "retain": look.get("retain"), "level": None}
+
+
+def _answers(attack: str, corpus: dict, pieces: Mapping[str, dict]) -> list[dict]:
+    examples = {x["id"]: (role, x) for role in ("forget", "retain") for x in corpus.get(role, ())}
+    rows = []
+    for key, said in pieces.get("forgotten", {"answers": {}})["answers"].items():
+        fact, _, variant = key.partition("#")
+        if fact in examples and variant in ("", "0"):
+            role, x = examples[fact]
+            prompt = x["paraphrases"][0] if variant == "0" else x["prompt"]
+            others = {w: pieces[w]["answers"].get(key) if w in pieces else None for w in ("original", "never")}
+            rows.append(
+                {"attack": attack, "id": key, "entity": x["entity"], "role": role, "prompt": prompt, "truth": x["answer"]}
+                | {"original": others["original"], "forgotten": said, "never": others["never"]}
+            )
+    return rows
+
+
+def _seconds(pieces: dict, forget: dict) -> dict[str, float]:
+    spent = {}
+    for attack, found in pieces.items():
+        for who, piece in found.items():
+            spent[f"audit {who}" if attack == "none" else f"{attack}, {who}"] = round(piece["seconds"], 1)
+    return spent | ({"forget": round(forget["seconds"], 1)} if "seconds" in forget else {})
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []

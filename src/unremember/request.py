@@ -1,0 +1,309 @@
+"""What is wanted, as a TOML file: parsed, completed from presets and checked, before a weight is loaded.
+
+Checking collects every problem of the file, of the corpus and of the model names, and raises them together.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from unremember.corpus import ROLES, Corpus
+from unremember.errors import BadInput, BadRequest, nearest
+from unremember.readers import Source, read
+from unremember.score import Rule
+
+TEMPLATE = """\
+# A request to unremember.  Check it with `unremember validate`, run it with `unremember run`.
+
+[run]
+name = "my-request"
+out = "runs/my-request"       # everything is written here, nothing anywhere else
+seed = 0
+
+[model]
+name = "path/to/model"        # a folder, a GGUF file, a PEFT adapter, a hub id, or smollm2-135m
+# control = "path/to/control" # a model trained in the same way without the forget set, if there is one
+template = "auto"             # "chat", "plain" or "auto" = chat where the tokenizer has a chat template
+precision = "auto"            # "bf16", "fp32" or "auto"
+
+[corpus]                      # .jsonl, .json, .txt, .csv, .parquet; see docs/corpus.md
+forget = "forget.jsonl"       # what must go
+retain = "retain.jsonl"       # the same kind of knowledge, about others: must stay
+holdout = "holdout.jsonl"     # the same kind, never taught: the level that "forgotten" is measured against
+# relearn = "relearn.jsonl"   # other people's facts, for the relearning attack
+# columns of a table: forget = { file = "forget.csv", question = "q", answer = "a" }
+# world and prose come with the package; name files to use your own
+
+[forget]
+method = "npo"                # `unremember ls` lists the methods
+beta = 0.1
+retain = 1.0
+plan = { steps = 30, lr = 5e-5, stop = "probability" }
+# sites = ["model.layers.1?.mlp.*"]   # parameters that may move, as shell patterns; all of them by default
+# lora = { rank = 8, alpha = 16 }     # write a PEFT adapter instead of whole weights
+
+[audit]
+# audits = ["probability", "said"]    # on top of what the verdict needs; all of them by default
+
+[attack.rephrase]             # each attack is a table; leave it out to skip the attack
+wordings = 2
+# [attack.relearn]
+# plan = { steps = 10, lr = 5e-5 }
+
+[rule]                        # what "forgotten" means
+tolerance = 0.25
+"""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter instead of whole weights (peft)."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str = "all-linear"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request.  method: an instance out of the forget room; attacks: name -> instance out of the attack room."""
+
+    name: str
+    out: Path
+    model: str
+    corpus: Corpus
+    method_name: str
+    method: Any
+    attacks: Mapping[str, Any]
+    audits: tuple[str, ...]
+    rule: Rule = Rule()
+    seed: int = 0
+    control: str = ""
+    template: str = "auto"
+    precision: str = "auto"
+    sites: tuple[str, ...] = ()
+    lora: Lora | None = None
+    echo: Mapping[str, Any] = field(default_factory=dict)
+
+
+SECTIONS = {
+    "run": ("name", "out", "seed"),
+    "model": ("name", "control", "template", "precision"),
+    "corpus": ROLES,
+    "forget": None,  # depends on the method
+    "audit": ("audits",),
+    "attack": None,  # depends on the attack
+    "rule": tuple(x.name for x in fields(Rule)),
+}
+
+
+def parse(file: Path, changes: Iterable[str] = ()) -> dict[str, Any]:
+    """The file's tables with `a.b=value` changes applied; BadRequest where it cannot be read."""
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadRequest(f"no such request file: {file}; write one with `unremember init`") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{file} is no valid TOML: {error}") from error
+    for change in changes:
+        path, equals, value = change.partition("=")
+        if not equals:
+            raise BadRequest(f"--set {change!r}: write it as section.key=value")
+        try:
+            parsed = tomllib.loads(f"x = {value}")["x"]
+        except tomllib.TOMLDecodeError:
+            parsed = value
+        *sections, key = path.strip().split(".")
+        place = raw
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise BadRequest(f"--set {change!r}: {section!r} is a value, not a table")
+        place[key] = parsed
+    return raw
+
+
+def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None = None) -> Request:
+    """Check everything in `raw` and build the request.  where: folder that relative corpus paths start from.
+
+    corpus: replaces the [corpus] table.  Raises BadRequest with all problems together; loads no weight.
+    """
+    from unremember.attack import ATTACKS
+    from unremember.attack import PRESETS as ATTACK_PRESETS
+    from unremember.audit import AUDITS, EVIDENCE, UTILITY
+    from unremember.forget import METHODS, PRESETS
+    from unremember.lm import check
+
+    problems: list[str] = []
+
+    def table(name: str) -> dict[str, Any]:
+        value = raw.get(name, {})
+        if isinstance(value, dict):
+            return dict(value)
+        problems.append(f"[{name}] must be a table and is {value!r}")
+        return {}
+
+    for name, value in raw.items():
+        if name not in SECTIONS:
+            problems.append(f"unknown table [{name}]; {nearest(name, SECTIONS)}")
+        elif (known := SECTIONS[name]) and isinstance(value, dict):
+            problems += [f"unknown key {name}.{k}; {nearest(k, known)}" for k in value if k not in known]
+
+    run, model, forget, attack = table("run"), table("model"), table("forget"), table("attack")
+
+    def text(section: str, values: dict, key: str, default: str, allowed: tuple[str, ...] = ()) -> str:
+        value = values.get(key, default)
+        if not isinstance(value, str) or (allowed and value not in allowed):
+            problems.append(
+                f"{section}.{key} is {value!r}; it must be {' or '.join(map(repr, allowed)) if allowed else 'a text'}"
+            )
+            return default
+        return value
+
+    name = text("run", run, "name", "run")
+    out = Path(text("run", run, "out", f"runs/{name}"))
+    seed = run.get("seed", 0)
+    if type(seed) is not int or seed < 0:
+        problems.append(f"run.seed is {seed!r}; it must be a whole number from 0")
+        seed = 0
+    model_name = text("model", model, "name", "")
+    control = text("model", model, "control", "")
+    template = text("model", model, "template", "auto", ("auto", "chat", "plain"))
+    precision = text("model", model, "precision", "auto", ("auto", "bf16", "fp32"))
+    if not model_name:
+        problems.append("model.name is missing; name a folder, a GGUF file, an adapter, a hub id or smollm2-135m")
+    for candidate in filter(None, (model_name, control)):
+        try:
+            check(candidate)
+        except BadInput as error:
+            problems += error.problems
+
+    if corpus is None:
+        corpus = _corpus(table("corpus"), where, problems)
+    if corpus and not control and not corpus.of("holdout"):
+        problems.append(
+            "nothing can be called forgotten without a never-taught level; give a holdout file under [corpus], or a "
+            "control model under [model]"
+        )
+
+    method_name = text("forget", forget, "method", "npo")
+    sites, lora_raw = forget.pop("sites", []), forget.pop("lora", None)
+    forget.pop("method", None)
+    method = None
+    if method_name not in METHODS:
+        problems.append(f"unknown method {method_name!r}; {nearest(method_name, METHODS)}")
+    else:
+        method = build(METHODS[method_name], merged(PRESETS[method_name], forget), "forget", problems)
+    if not (isinstance(sites, list) and all(isinstance(p, str) for p in sites)):
+        problems.append(f"forget.sites is {sites!r}; it must be a list of parameter name patterns")
+        sites = []
+    lora = None if lora_raw is None else build(Lora, lora_raw, "forget.lora", problems)
+
+    attacks = {}
+    for kind, settings in attack.items():
+        if kind not in ATTACKS:
+            problems.append(f"unknown attack {kind!r}; {nearest(kind, ATTACKS)}")
+        elif not isinstance(settings, dict):
+            problems.append(f"attack.{kind} is {settings!r}; it must be a table, [attack.{kind}]")
+        else:
+            attacks[kind] = build(ATTACKS[kind], merged(ATTACK_PRESETS[kind], settings), f"attack.{kind}", problems)
+
+    audits = table("audit").get("audits", list(AUDITS))
+    if not isinstance(audits, list):
+        problems.append(f"audit.audits is {audits!r}; it must be a list of names")
+        audits = []
+    problems += [f"unknown audit {a!r}; {nearest(str(a), AUDITS)}" for a in audits if a not in AUDITS]
+    rule = build(Rule, table("rule"), "rule", problems)
+
+    if corpus:
+        for who, part in ((method_name, method), *attacks.items()):
+            try:
+                if part:
+                    corpus.require(who, part.needs)
+            except BadInput as error:
+                problems += error.problems
+    if problems:
+        raise BadRequest(dict.fromkeys(problems))
+    wanted = tuple(a for a in AUDITS if a in {*audits, *EVIDENCE, *UTILITY})
+    return Request(
+        name, out, model_name, corpus, method_name, method, attacks, wanted, rule, seed, control, template, precision,
+        tuple(sites), lora, dict(raw),
+    )  # fmt: skip
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, table by table."""
+    both = dict(below)
+    for key, value in above.items():
+        old = both.get(key)
+        both[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
+
+
+def build(kind: type, values: Any, where: str, problems: list[str]) -> Any:
+    """An instance of a dataclass from plain values; what is wrong goes to `problems`, with the path `where`."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+    if not hasattr(kind, "__pydantic_config__"):
+        kind_checked = with_config(ConfigDict(extra="forbid"))(kind)
+    else:
+        kind_checked = kind
+    try:
+        return TypeAdapter(kind_checked).validate_python(values)
+    except ValidationError as error:
+        for found in error.errors():
+            path = ".".join((where, *map(str, found["loc"])))
+            if found["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                owner = _owner(kind, found["loc"][:-1])
+                problems.append(f"unknown key {path}; {nearest(str(found['loc'][-1]), owner)}")
+            else:
+                problems.append(f"{path} is {found['input']!r}: {found['msg'][0].lower()}{found['msg'][1:]}")
+        return None
+
+
+def _owner(kind: type, path: tuple) -> list[str]:
+    """Field names of the dataclass that `path` leads to."""
+    import typing
+
+    for step in path:
+        hint = typing.get_type_hints(kind).get(str(step))
+        kind = hint if isinstance(hint, type) and is_dataclass(hint) else kind
+    return [f.name for f in fields(kind)]
+
+
+def _corpus(tables: Mapping[str, Any], where: Path, problems: list[str]) -> Corpus | None:
+    """Read every role's file; the world and prose roles fall back on the embedded ones."""
+    from unremember.embedded.prose import prose
+    from unremember.embedded.world import replay, world
+
+    roles = {}
+    before = len(problems)
+    for role, value in tables.items():
+        if role not in ROLES:
+            continue
+        settings = {"file": value} if isinstance(value, str) else value
+        if not isinstance(settings, dict) or "file" not in settings:
+            problems.append(f'corpus.{role} is {value!r}; write a file name, or {{ file = "…", question = "…" }}')
+            continue
+        source = build(Source, {**settings, "file": where / str(settings["file"])}, f"corpus.{role}", problems)
+        if source is None:
+            continue
+        try:
+            roles[role] = read(source)
+        except BadInput as error:
+            problems += error.problems
+    if "forget" not in tables:
+        problems.append('corpus.forget is missing; name the file of what must go, as in forget = "forget.jsonl"')
+    elif not roles.get("forget") and len(problems) == before:
+        problems.append(f"corpus.forget: {tables['forget']!r} holds no example; there is nothing to forget")
+    if len(problems) > before:
+        return None
+    try:
+        return Corpus({"world": world()[:96], "replay": replay(), "prose": prose(), **roles})
+    except BadInput as error:
+        problems += error.problems
+        return None

@@ -1,0 +1,234 @@
+"""The rooms in order: audit, forget, audit, attack, audit, report.  Every piece is kept on disk and made once.
+
+    OUT/run.json  corpus.json  audit/WHO.json  train.jsonl  model/  forget.json  attack/NAME/WHO.json  report.json  report.html
+
+WHO is original, forgotten or never.  A piece carries the fingerprint of all it was made from; one that is there with the
+same fingerprint is kept, so an interrupted run goes on where it stopped, and a changed setting redoes what depends on it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unremember import __version__, report, team
+from unremember.audit import AUDITS, EVIDENCE, UTILITY
+from unremember.audit.answers import spoken
+from unremember.bench import BENCH, Bench
+from unremember.corpus import Corpus
+from unremember.errors import BadFolder
+from unremember.folder import claim, fingerprint, read_json, whole, write_json
+from unremember.lm import LM, auto_precision, check, load
+from unremember.request import Request
+from unremember.sites import EVERYWHERE, Sites
+
+STAGES = ("audit", "forget", "attack", "report")
+Title = Callable[[str], None]
+
+
+def execute(request: Request, bench: Bench = BENCH, title: Title = lambda text: None, stages=STAGES) -> dict:
+    """Do what is left of the stages and return the report (an empty one if 'report' is not among them).
+
+    Raises BadFolder where request.out is not ours or too small, and whatever the rooms raise.
+    """
+    run = Run(request, bench, title)
+    run.open()
+    if "audit" in stages:
+        for who in run.models:
+            if who != "forgotten" or run.forgotten():
+                run.audit(who)
+    if "forget" in stages:
+        run.forget()
+        run.audit("forgotten")
+    if "attack" in stages:
+        if not run.forgotten():
+            raise BadFolder(f"{request.out} has no forgotten model yet; run `unremember forget` first")
+        for name in request.attacks:
+            for who in run.models:
+                run.attack(name, who)
+    if "report" not in stages:
+        return {}
+    title("report")
+    if team.rank() == 0:
+        report.write(report.build(request.out), request.out)
+        report.write_card(request.out)
+    team.wait()
+    return report.read(request.out)
+
+
+@dataclass
+class Run:
+    """A request on its way through the rooms."""
+
+    request: Request
+    bench: Bench = BENCH
+    title: Title = lambda text: None
+    loaded: dict[str, LM] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        return self.request.out
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return ("original", "forgotten", *(("never",) if self.request.control else ()))
+
+    @cached_property
+    def precision(self) -> str:
+        given = self.request.precision
+        return auto_precision(self.bench.device) if given == "auto" else given
+
+    @cached_property
+    def made_from(self) -> dict[str, str]:
+        """Who -> fingerprint of everything that its weights depend on."""
+        r = self.request
+        original = fingerprint(identity(r.model), r.template, self.precision)
+        method = fingerprint(original, repr(r.method), r.sites, repr(r.lora), r.corpus.fingerprint())
+        never = fingerprint(identity(r.control), r.template, self.precision) if r.control else ""
+        return {"original": original, "forgotten": method, "never": never}
+
+    def open(self) -> None:
+        """Claim the folder and write what the report must know of the request."""
+        r = self.request
+        if team.rank() == 0:
+            claim(self.out, 3 * weight_bytes(r.model))
+            describe = {"settings": asdict(r.method), "name": r.method_name, "summary": r.method.summary}
+            write_json(
+                self.out / "run.json",
+                {
+                    "version": __version__,
+                    "name": r.name,
+                    "model": r.model,
+                    "control": r.control,
+                    "template": r.template,
+                    "precision": self.precision,
+                    "seed": r.seed,
+                    "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, "
+                    f"{team.size()} process(es), torch {torch.__version__}",
+                    "method": describe | {"paper": r.method.paper, "sites": list(r.sites)}
+                    | ({"lora": asdict(r.lora)} if r.lora else {}),
+                    "attacks": {n: {"summary": a.summary, "settings": asdict(a)} for n, a in r.attacks.items()},
+                    "rule": asdict(r.rule),
+                    "request": json.loads(json.dumps(dict(r.echo), default=str)),
+                },
+            )  # fmt: skip
+            write_json(self.out / "corpus.json", {role: [asdict(x) for x in rows] for role, rows in r.corpus.items()})
+        team.wait()
+
+    def lm(self, who: str) -> LM:
+        if who not in self.loaded:
+            r = self.request
+            name = {"original": r.model, "forgotten": str(self.out / "model"), "never": r.control}[who]
+            self.loaded[who] = load(
+                name, template=r.template, precision=self.precision, device=self.bench.device
+            )
+        return self.loaded[who]
+
+    def kept(self, path: Path, made_from: str) -> bool:
+        piece = read_json(path)
+        return piece is not None and piece.get("fingerprint") == made_from
+
+    def audit(self, who: str) -> None:
+        """Every audit of the request on one model, unless it is there."""
+        path = self.out / "audit" / f"{who}.json"
+        made_from = fingerprint(self.made_from[who], self.request.corpus.fingerprint(), self.request.audits)
+        if self.kept(path, made_from):
+            return
+        self.title(f"audit the {who} model" if who != "never" else "audit the never-taught model")
+        self.measure(path, made_from, self.lm(who), self.request.corpus, self.request.audits)
+
+    def measure(self, path: Path, made_from: str, lm: LM, corpus: Corpus, names: tuple[str, ...]) -> None:
+        began, scores = time.monotonic(), []
+        for at, name in enumerate(names):
+            if not corpus.of(*AUDITS[name].roles):
+                continue
+            self.bench.say(name, at, len(names), {})
+            score = AUDITS[name](lm, corpus, self.bench)
+            scores.append(asdict(score))
+        shown = corpus.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
+        answers = spoken(lm, shown, ("forget", "retain"), self.bench)
+        self.bench.say("", len(names), len(names), {})
+        piece = {"fingerprint": made_from, "seconds": time.monotonic() - began, "scores": scores, "answers": answers}
+        if team.rank() == 0:
+            write_json(path, piece)
+        team.wait()
+
+    def forgotten(self) -> bool:
+        return self.kept(self.out / "forget.json", self.made_from["forgotten"]) and (self.out / "model").is_dir()
+
+    def forget(self) -> None:
+        """Run the method and save its model, unless it is there."""
+        if self.forgotten():
+            return
+        r, began = self.request, time.monotonic()
+        self.title(f"forget with {r.method_name}")
+        lm = self.lm("original")
+        if r.lora:
+            lm = lm.adapted(r.lora.rank, r.lora.alpha, r.lora.targets)
+            sites = Sites.named(lm.model, r.sites or ("*lora_*",))
+        else:
+            sites = Sites.named(lm.model, r.sites) if r.sites else EVERYWHERE
+        work, stamp = self.out / "checkpoint", self.out / "checkpoint.json"
+        log = self.out / "train.jsonl"
+        if team.rank() == 0 and not self.kept(stamp, self.made_from["forgotten"]):
+            shutil.rmtree(work, ignore_errors=True)
+            log.unlink(missing_ok=True)
+            write_json(stamp, {"fingerprint": self.made_from["forgotten"]})
+        team.wait()
+        method = replace(r.method, plan=replace(r.method.plan, seed=r.method.plan.seed + r.seed))
+        result = method(lm, r.corpus, sites, replace(self.bench, folder=work, log=log))
+        if team.rank() == 0:
+            with whole(self.out / "model") as fresh:
+                result.save(fresh)
+            write_json(
+                self.out / "forget.json",
+                {
+                    "fingerprint": self.made_from["forgotten"],
+                    "seconds": time.monotonic() - began,
+                    "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                },
+            )
+            shutil.rmtree(work, ignore_errors=True)
+        team.wait()
+        self.loaded.pop("forgotten", None)
+
+    def attack(self, name: str, who: str) -> None:
+        """One attack on one model, and the audits that the verdict under it needs, unless they are there."""
+        attack, corpus = self.request.attacks[name], self.request.corpus
+        path = self.out / "attack" / name / f"{who}.json"
+        made_from = fingerprint(self.made_from[who], corpus.fingerprint(), repr(attack), self.request.seed)
+        if self.kept(path, made_from):
+            return
+        self.title(f"attack the {who} model: {name}" if who != "never" else f"attack the never-taught model: {name}")
+        # Under attack the retained facts are a sample as large as the forget set, and the control replaces the holdout.
+        fewer = corpus.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
+        if self.request.control:
+            fewer = Corpus({role: rows for role, rows in fewer.items() if role != "holdout"})
+        lm, seen = attack(self.lm(who), fewer, self.lm("original"), self.bench)
+        self.measure(path, made_from, lm, seen, tuple(n for n in AUDITS if n in (*EVIDENCE, *UTILITY)))
+
+
+def weight_bytes(name: str) -> int:
+    """Size of a local model's weights; 0 for what is not a folder or a file here."""
+    path = Path(name)
+    files = path.glob("*.safetensors") if path.is_dir() else [path] if path.is_file() else []
+    return sum(file.stat().st_size for file in files)
+
+
+def identity(name: str) -> Any:
+    """What tells one model from another without reading its weights: its name, and names, sizes and times of its files."""
+    path = Path(name)
+    if check(name) in ("alias", "hub"):
+        return name
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [name, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file())]
