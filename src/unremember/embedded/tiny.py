@@ -1,11 +1,11 @@
 """A language model small enough to make on the spot: two Llama layers, one token a word, knowing our own world list.
 
-Nothing is downloaded.  The words come from the dossier, the world list and the prose; a word that none of them holds falls
-apart into pieces and at last into bytes, so every text has tokens and `decode(encode(text)) == text`.  Digits stand alone,
-so that a phone number which was never seen is no stranger than one which was.
+Nothing is downloaded.  The words come from the dossier, the world list and the prose; a word that none of them holds
+falls apart into pieces and at last into bytes, so every text has tokens and `decode(encode(text)) == text`.  Digits
+stand alone, so that a phone number which was never seen is no stranger than one which was.
 
-The weights start at random and are trained for some seconds, on the world questions that it will be measured by too: it is
-there to try the machinery on, and to have some general knowledge that unlearning can break.
+The weights start at random and are trained for some seconds, on the world questions that it will be measured by too: it
+is there to try the machinery on, and to have some general knowledge that unlearning can break.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from unremember.errors import BadRequest
 from unremember.folder import MARK, cache, fingerprint, whole, write_json
 
 SEEDS = range(5)  # dossiers whose names and values are words; those of other seeds are spelt out where they are new
-WORD = r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]|\s"  # one token each, the space in front included
+WORD = r" ?[A-Za-z]{1,40}| ?[0-9]| ?[^\sA-Za-z0-9]|\s"  # one token each, the space in front included
 END, UNKNOWN = "<end>", "<unk>"
 LENGTH = 256  # tokens of context
 SOURCES = ("tiny.py", "dossier.py", "world.py", "world.json", "prose.py", "prose.txt")
 
 
 def tiny() -> Path:
-    """The checkpoint folder of the tiny model, made in the cache on the first call; BadRequest where Faker is missing."""
+    """The checkpoint folder, made in the cache on the first call; BadRequest where Faker is missing."""
     try:
         faker = metadata.version("faker")
     except metadata.PackageNotFoundError:
@@ -37,7 +37,9 @@ def tiny() -> Path:
     if (target / MARK).exists():
         return target
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # the matrices are too small to share, and one thread adds up in one order
@@ -67,7 +69,7 @@ def tokenizer():
             vocab={piece: i for i, piece in enumerate(vocabulary)},
             unk_token=UNKNOWN,
             continuing_subword_prefix="",
-            max_input_chars_per_word=1_000_000,
+            max_input_chars_per_word=200,
         )
     )
     coder.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORD), "isolated"), level])

@@ -29,22 +29,27 @@ def keeping(lm: LM, corpus: Corpus, retain: float, kl: float) -> tuple[dict[str,
     """The rows of the step (forget, and retain and replay where they weigh anything) and the terms that keep the latter."""
     roles = ("forget", *(("retain", "replay") if retain or kl else ()))
     pools = {role: lm.template.rows(corpus.of(role), lm.limit) for role in roles if corpus.of(role)}
-    reference = _distributions(lm, [row for role in roles[1:] for row in pools.get(role, ())]) if kl else {}
+    return pools, holding(lm, [row for role in roles[1:] for row in pools.get(role, ())], retain, kl)
+
+
+def holding(lm: LM, rows: list[Row], weight: float, kl: float) -> Keep:
+    """Terms that hold `rows` where `lm` has them: cross-entropy with `weight`, KL to its present distribution with `kl`."""
+    reference = _distributions(lm, rows) if kl else {}
 
     def keep(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
         logits = lm.logits(tokens).float()  # (N, V)
         total = tokens.step_tokens["train"]
-        if retain:
+        if weight:
             nll = F.cross_entropy(logits, tokens.target, reduction="none")
-            terms[tokens.role] = retain * tokens.per_row(nll, "train").sum() / total
+            terms[tokens.role] = weight * tokens.per_row(nll, "train").sum() / total
         if kl:
             before = torch.cat([reference[key] for key in tokens.keys]).to(logits.device).float()
             gap = kl_loss(before, F.log_softmax(logits, -1))
             terms[f"{tokens.role} KL"] = kl * tokens.per_row(gap, "train").sum() / total
         return terms
 
-    return pools, keep
+    return keep
 
 
 @torch.no_grad()

@@ -1,0 +1,5 @@
+"""`python -m unremember`."""
+
+from unremember.cli import main
+
+main()

@@ -1,0 +1,275 @@
+"""The command line: one sub-command a room.  Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unremember import __version__
+from unremember.errors import BadRequest, Interrupted, UnrememberError, nearest
+
+app = typer.Typer(
+    help="Make a language model forget, attack the result, and report a verdict that a sceptic can check.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RequestFile = Annotated[Path, typer.Argument(help="The request, a TOML file; `unremember init` writes one.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change one value of the request; repeatable.")
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write here instead of run.out.")]
+Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1 …")]
+
+
+def main() -> None:
+    """Run the command line; errors of ours end with their text and their exit code, without a traceback."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False)
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except KeyboardInterrupt:
+        console.print(
+            "\n[yellow]Interrupted.[/] What is finished is kept; the same command again goes on from there.",
+        )
+        sys.exit(Interrupted.code)
+    except UnrememberError as error:
+        for problem in getattr(error, "problems", (str(error),)):
+            console.print(Text("✗ ", "red") + Text(problem), soft_wrap=True)
+        sys.exit(error.code)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's own usage errors
+            console.print(Text("✗ ", "red") + Text(error.format_message()), soft_wrap=True)
+            sys.exit(2)
+        raise
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def demo(
+    preset: Annotated[str, typer.Option(help="smollm2 (the real thing) or tiny (under a minute).")] = "smollm2",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder.")] = None,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> None:
+    """Teach a small model fictional people, make it forget some of them, attack it, and report."""
+    with _at_work(device) as work:
+        from unremember import demo as room
+        from unremember import run
+
+        if preset not in room.PRESETS:
+            raise BadRequest(f"unknown preset {preset!r}; {nearest(preset, room.PRESETS)}")
+        wanted = room.request(preset, out or Path("runs") / f"demo-{preset}", seed, work.bench, work.title)
+        work.show(run.execute(wanted, work.bench, work.title), wanted.out)
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("request.toml"),
+    force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented request.toml."""
+    from unremember.folder import write_text
+    from unremember.request import TEMPLATE
+
+    if file.exists() and not force:
+        raise BadRequest(f"{file} exists; choose another name, or replace it with --force")
+    write_text(file, TEMPLATE)
+    print(f"wrote {file}; edit it, then: unremember validate {file}")
+
+
+@app.command()
+def validate(file: RequestFile, changes: Changes = None) -> None:
+    """Check a request, its corpus files and its model names without loading a weight."""
+    wanted = _request(file, changes, None)
+    for role, rows in wanted.corpus.items():
+        print(f"{role:8} {len(rows):5} examples")
+    print(f"method {wanted.method_name}, attacks: {', '.join(wanted.attacks) or 'none'}; the request is good")
+
+
+@app.command()
+def run(file: RequestFile, changes: Changes = None, out: Out = None, device: Device = "cpu") -> None:
+    """Do the whole job: audit, forget, audit, attack, audit, report.  Goes on where it was stopped."""
+    _stages(file, changes, out, device, ("audit", "forget", "attack", "report"))
+
+
+@app.command()
+def audit(file: RequestFile, changes: Changes = None, out: Out = None, device: Device = "cpu") -> None:
+    """Measure the models of a request that are there."""
+    _stages(file, changes, out, device, ("audit",))
+
+
+@app.command()
+def forget(file: RequestFile, changes: Changes = None, out: Out = None, device: Device = "cpu") -> None:
+    """Run the method, write OUT/model, and audit it."""
+    _stages(file, changes, out, device, ("forget",))
+
+
+@app.command()
+def attack(file: RequestFile, changes: Changes = None, out: Out = None, device: Device = "cpu") -> None:
+    """Attack the forgotten model of a run, and its original and control in the same way."""
+    _stages(file, changes, out, device, ("attack",))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Rebuild report.json, report.html and the model card from what is in a run folder."""
+    from unremember import report as room
+
+    built = room.build(folder)
+    page = room.write(built, folder)
+    room.write_card(folder)
+    _verdict(built, page)
+
+
+@app.command()
+def ls() -> None:
+    """List methods, audits and attacks: one line, paper and required roles each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from unremember.attack import ATTACKS
+    from unremember.audit import AUDITS
+    from unremember.forget import METHODS
+
+    for title, room in (("methods", METHODS), ("audits", AUDITS), ("attacks", ATTACKS)):
+        grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+        for column in ("name", "what it is", "paper", "needs"):
+            grid.add_column(column)
+        for name, item in room.items():
+            needs = item.needs if isinstance(item.needs, tuple) else ("forget", "(retain)")
+            grid.add_row(name, item.summary, item.paper, ", ".join(needs))
+        Console().print(grid, "")
+
+
+def _request(file: Path, changes: list[str] | None, out: Path | None):
+    from dataclasses import replace
+
+    from unremember.request import parse, request
+
+    wanted = request(parse(file, changes or ()), file.parent)
+    return replace(wanted, out=out) if out else wanted
+
+
+def _stages(file: Path, changes: list[str] | None, out: Path | None, device: str, stages: tuple[str, ...]) -> None:
+    wanted = _request(file, changes, out)
+    with _at_work(device) as work:
+        from unremember.run import execute
+
+        done = execute(wanted, work.bench, work.title, stages)
+        if done:
+            work.show(done, wanted.out)
+        else:
+            print(f"done: {wanted.out}")
+
+
+def _verdict(built: dict, page: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    colours = {"forgotten": "green", "remembered": "red", "over-forgotten": "yellow", "not applicable": "dim"}
+    console = Console(highlight=False)
+    grid = Table(title="verdict", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    grid.add_column("")
+    for condition in built["conditions"]:
+        grid.add_column("unattacked" if condition["attack"] == "none" else condition["attack"])
+    rows = zip(*([c["overall"], *c["entities"]] for c in built["conditions"]), strict=True)
+    for row in rows:
+        grid.add_row(row[0]["name"], *(f"[{colours[v['verdict']]}]{v['verdict']}[/]" for v in row))
+    console.print()
+    console.print(grid)
+    console.print()
+    console.print(built["words"], markup=False)
+    if built["method"]["stop"].startswith("CAP"):
+        console.print(f"[yellow]{built['method']['stop']}[/]")
+    print(f"report: {page}")
+
+
+class _at_work:
+    """Joins the team, shows live progress on a terminal (plain lines elsewhere), and cleans up."""
+
+    def __init__(self, device: str):
+        self.device = device
+
+    def __enter__(self) -> _at_work:
+        warnings.filterwarnings("ignore", module="torch|transformers|huggingface_hub")
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from transformers.utils import logging
+
+        from unremember import team
+        from unremember.bench import Bench
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        team.join()
+        self.quiet = team.rank() > 0
+        self.live = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[terms]}", style="dim"),
+            console=Console(highlight=False),
+            disable=self.quiet,
+        )
+        self.task = None
+        self.bench = Bench(device=self.device, say=self.say)
+        self.live.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        from unremember import team
+
+        self.finish()
+        self.live.stop()
+        team.leave()
+
+    def title(self, text: str) -> None:
+        """A new stage begins."""
+        self.finish()
+        self.text = text
+        if not self.live.console.is_terminal and not self.quiet:
+            self.live.console.print(f"▸ {text}", markup=False)
+        self.task = self.live.add_task(text, total=None, terms="")
+
+    def say(self, stage: str, done: int, total: int, terms: dict[str, float]) -> None:
+        """One more unit of the present stage is done; work inside a unit shows in the terms column alone."""
+        if self.task is None:
+            return
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in terms.items())
+        if stage in ("read", "speak"):
+            self.live.update(self.task, terms=f"{stage} {done}/{total}")
+        else:
+            self.live.update(self.task, completed=done, total=total, terms=shown or stage)
+
+    def finish(self) -> None:
+        if self.task is not None:
+            task = next(t for t in self.live.tasks if t.id == self.task)
+            self.live.update(self.task, total=task.total or 1, completed=task.total or 1)
+            self.task = None
+
+    def show(self, built: dict, out: Path) -> None:
+        self.finish()
+        self.live.stop()
+        if not self.quiet:
+            _verdict(built, out / "report.html")
+
+

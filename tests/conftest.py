@@ -1,0 +1,86 @@
+"""One toy model for the whole session: taught planted facts, beside a twin that was never taught what is to be forgotten.
+
+Everything here is made once, on one thread, in a cache folder of the session's own.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts: on a busy two-core machine two threads are far slower
+_CACHE = tempfile.TemporaryDirectory(prefix="unremember-test-")
+os.environ["UNREMEMBER_CACHE"] = _CACHE.name
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from unremember.bench import Bench  # noqa: E402
+from unremember.corpus import Corpus, Example  # noqa: E402
+
+
+def pytest_unconfigure(config):
+    _CACHE.cleanup()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@pytest.fixture
+def bench() -> Bench:
+    """A workbench of this test's own: nothing is remembered from another one."""
+    return Bench()
+
+
+@pytest.fixture(scope="session")
+def tiny(one_thread):
+    """The toy model as it comes: it knows the world list and nobody of the dossier.  Not to be changed."""
+    from unremember.lm import load
+
+    return load("tiny", template="plain", precision="fp32")
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Corpus:
+    """Two people to forget, three to keep, four never taught, one for the adversary; short general roles."""
+    from unremember.embedded.dossier import dossier
+    from unremember.embedded.prose import prose
+    from unremember.embedded.world import replay, world
+
+    people = dossier(0, forget=2, retain=3, holdout=4, relearn=1)
+    return people.with_roles(replay=replay()[:30], world=world()[:40], prose=prose()[:6])
+
+
+def _taught(lm, corpus: Corpus, roles: tuple[str, ...]):
+    from unremember.embedded.dossier import lessons
+    from unremember.embedded.teach import Teach
+    from unremember.train import Plan
+
+    plan = Plan(steps=100, lr=1e-2, batch=10, beside=4, warmup=5, schedule="linear")
+    return replace(Teach(plan)(lm, lessons(corpus, roles, wordings=1), corpus["replay"]), name="taught")
+
+
+@pytest.fixture(scope="session")
+def taught(tiny, corpus):
+    """The toy model after it was taught the forget and retain people, which it knows by heart.  Not to be changed."""
+    from unremember.table import read
+
+    lm = _taught(tiny, corpus, ("forget", "retain"))
+    for role in ("forget", "retain"):
+        hits = np.mean([x.hit.mean() for x in read(lm, lm.template.rows(corpus[role]))])
+        assert hits >= 0.95, f"the {role} people were not learnt: {hits:.3f} of their tokens"
+    return lm
+
+
+@pytest.fixture(scope="session")
+def never(tiny, corpus):
+    """The same, taught the retain people alone: what "never taught" means.  Not to be changed."""
+    return _taught(tiny, corpus, ("retain",))
