@@ -215,9 +215,11 @@ class _at_work:
 
         from unremember import team
         from unremember.bench import Bench
+        from unremember.machine import keep_memory
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        keep_memory()
         team.join()
         self.quiet = team.rank() > 0
         self.live = Progress(

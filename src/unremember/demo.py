@@ -41,6 +41,7 @@ class Preset:
     rephrase: Rephrase
     worlds: int
     wordings: int = 2
+    precision: str = "auto"
 
 
 PRESETS = {
@@ -61,6 +62,7 @@ PRESETS = {
         relearn=Relearn(Plan(steps=10, lr=1e-3)),
         rephrase=Rephrase(wordings=2),
         worlds=48,
+        precision="fp32",  # bit for bit the same after an interruption, and no slower at this size
     ),
 }
 
@@ -72,7 +74,7 @@ def request(
     p = PRESETS[preset]
     forget, retain, holdout, relearn = p.people
     people = dossier(seed, forget, retain, holdout, relearn)
-    precision = auto_precision(bench.device)
+    precision = auto_precision(bench.device) if p.precision == "auto" else p.precision
     base: list[LM] = []
 
     def untouched() -> LM:

@@ -253,6 +253,7 @@ def load(name: str, *, template: str = "auto", precision: str = "auto", device: 
 
     template: 'chat', 'plain', or 'auto' = chat where the tokenizer has a chat template.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     kind = check(name)
@@ -273,9 +274,13 @@ def load(name: str, *, template: str = "auto", precision: str = "auto", device: 
         return replace(whole, model=merged.eval(), name=name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadModel(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if absent := sorted(found["missing_keys"]):  # transformers fills these with random numbers and goes on
+        raise BadModel(f"model {name!r} lacks weights ({', '.join(absent[:3])}, {len(absent)} in all); copy them again")
     if not tokenizer.is_fast:
         raise BadModel(f"model {name!r} has a slow tokenizer without character offsets; convert it to tokenizer.json")
     if template == "chat" and not tokenizer.chat_template:

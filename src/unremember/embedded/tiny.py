@@ -61,7 +61,8 @@ def tokenizer():
 
     # Bytes are written as the printable characters that GPT-2 chose for them; every piece of a word is one of these.
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words = dict.fromkeys(word for text in _texts() for word in re.findall(WORD, text))
+    signs = [f" {chr(i)}" for i in range(33, 127)]  # each with its space, or a number's first digit would differ
+    words = dict.fromkeys((*signs, *(word for text in _texts() for word in re.findall(WORD, text))))
     pieces = [level.pre_tokenize_str(word)[0][0] for word in words]
     vocabulary = dict.fromkeys([UNKNOWN, END, *sorted(level.alphabet()), *pieces])
     coder = Tokenizer(

@@ -1,0 +1,275 @@
+"""LM: it speaks as a slow greedy loop does, copies share nothing, hooks come off, and only sound checkpoints are loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from unremember.embedded import MODELS
+from unremember.errors import BadModel
+from unremember.lm import check, load
+from unremember.tokens import pack
+
+
+def logp(lm, corpus) -> torch.Tensor:
+    with torch.no_grad():
+        return lm.logp(pack([lm.template.rows((*corpus["forget"][:3], *corpus["world"][:3]))]))
+
+
+def content(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(taught, tmp_path_factory) -> Path:
+    """A Hugging Face folder as a user would have it."""
+    folder = tmp_path_factory.mktemp("user") / "model"
+    taught.save(folder)
+    return folder
+
+
+# ── speaking ──
+
+
+def slow(lm, prompt: tuple[int, ...], new: int) -> tuple[int, ...]:
+    """One prompt at a time, the whole text again for every token."""
+    said: list[int] = []
+    while len(said) < new:
+        with torch.no_grad():
+            token = int(lm.model(input_ids=torch.tensor([[*prompt, *said]]), use_cache=False).logits[0, -1].argmax())
+        if token == lm.tokenizer.eos_token_id:
+            break
+        said.append(token)
+    return tuple(said)
+
+
+@pytest.fixture(scope="module")
+def prompts(taught, corpus):
+    texts = [x.prompt for x in (*corpus["forget"], *corpus["world"][:8], *corpus["holdout"][:4])]
+    return [taught.template.context(text) for text in texts] + [taught.template.context("Who?")]
+
+
+def test_generate_equals_a_slow_greedy_loop(taught, prompts):
+    said = taught.generate(prompts, 20)
+    assert said == [slow(taught, prompt, 20) for prompt in prompts]
+    assert {len(x) for x in said} - {20} and len(set(said)) > 12  # some ended by themselves, at different times
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_what_is_said_does_not_depend_on_batch_or_order(taught, prompts, batch):
+    expected = taught.generate(prompts, 12)
+    assert taught.generate(prompts, 12, batch) == expected
+    assert taught.generate(prompts[::-1], 12, batch) == expected[::-1]
+
+
+def test_generate_stops_after_so_many_tokens(taught, prompts):
+    whole = taught.generate(prompts, 20)
+    assert taught.generate(prompts, 3) == [x[:3] for x in whole]
+    assert taught.generate([], 3) == []
+
+
+def test_answer_is_text_without_the_end_mark(taught, corpus):
+    asked = corpus["forget"][:6]
+    said = taught.answer([x.prompt for x in asked], 32)
+    assert sum(a == x.answer for a, x in zip(said, asked, strict=True)) >= 4
+    assert not any("<end>" in a for a in said)
+
+
+# ── copies, hooks, fingerprints ──
+
+
+def test_a_copy_has_weights_of_its_own(tiny):
+    other = tiny.copy()
+    before = tiny.fingerprint
+    with torch.no_grad():
+        for weight in other.model.parameters():
+            weight.zero_()
+    assert any(w.any() for w in tiny.model.parameters()) and tiny.copy().fingerprint == before
+    assert not {w.data_ptr() for w in tiny.model.parameters()} & {w.data_ptr() for w in other.model.parameters()}
+
+
+def hooks(lm) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules())
+
+
+def test_an_edit_acts_while_it_lasts_and_not_after(tiny, corpus):
+    plain, start = logp(tiny, corpus), hooks(tiny)
+    with tiny.at("model.layers.0", lambda x: x * 0) as edited:
+        assert not torch.allclose(logp(edited, corpus), plain, atol=0.1)
+    with tiny.at("model.layers.1.mlp", lambda x: x * 1):
+        assert torch.equal(logp(tiny, corpus), plain)
+    assert torch.equal(logp(tiny, corpus), plain) and hooks(tiny) == start
+
+
+def test_an_edit_comes_off_after_an_error(tiny, corpus):
+    plain, start = logp(tiny, corpus), hooks(tiny)
+    with pytest.raises(RuntimeError, match="outside"), tiny.at("model.layers.0", lambda x: x * 0):
+        raise RuntimeError("outside")
+
+    def broken(hidden):
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"), tiny.at("model.layers.0", broken):
+        logp(tiny, corpus)
+    assert hooks(tiny) == start and torch.equal(logp(tiny, corpus), plain)
+
+
+def test_an_edit_of_an_unknown_block_is_refused(tiny):
+    with pytest.raises(AttributeError), tiny.at("model.layers.99", lambda x: x):
+        pass
+
+
+def test_the_fingerprint_sees_one_bit(tiny):
+    other = tiny.copy()
+    assert other.fingerprint == tiny.fingerprint
+    with torch.no_grad():
+        other = tiny.copy()
+        other.model.model.layers[1].mlp.down_proj.weight.view(torch.int32)[3, 5] ^= 1
+    assert other.fingerprint != tiny.fingerprint
+
+
+def test_the_fingerprint_sees_the_precision(tiny):
+    assert load("tiny", precision="bf16").fingerprint != load("tiny", precision="fp32").fingerprint == tiny.fingerprint
+
+
+def test_bfloat16_is_near_float32_and_leaves_the_weights(tiny, corpus):
+    half = load("tiny", precision="bf16")
+    torch.testing.assert_close(logp(half, corpus), logp(tiny, corpus), atol=0.5, rtol=0.1)
+    assert not torch.equal(logp(half, corpus), logp(tiny, corpus))
+    assert {w.dtype for w in half.model.parameters()} == {torch.float32}
+
+
+# ── loading and saving ──
+
+
+def test_a_saved_folder_says_the_same(taught, corpus, checkpoint):
+    again = load(str(checkpoint), precision="fp32")
+    assert torch.equal(logp(again, corpus), logp(taught, corpus))
+    assert again.fingerprint == taught.fingerprint and not again.model.training and not again.template.chat
+
+
+def test_a_users_folder_is_never_written(corpus, checkpoint, bench):
+    from unremember.forget.ascent import Ascent
+    from unremember.table import table
+    from unremember.train import Plan
+
+    before = content(checkpoint)
+    lm = load(str(checkpoint), precision="fp32")
+    table(Ascent(Plan(steps=1, lr=1e-3))(lm, corpus, bench=bench), lm.template.rows(corpus["forget"]), bench)
+    lm.answer(["Who?"], 2)
+    assert content(checkpoint) == before
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+def test_an_adapter_equals_its_merged_model(tiny, corpus, tmp_path):
+    pytest.importorskip("peft")
+    live = tiny.adapted(rank=4, alpha=8)
+    assert torch.equal(logp(live, corpus), logp(tiny, corpus))  # a fresh adapter is the identity
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in live.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    moved = logp(live, corpus)
+    assert not torch.allclose(moved, logp(tiny, corpus), atol=0.1)
+    live.save(tmp_path / "adapter")
+    assert check(str(tmp_path / "adapter")) == "adapter"
+    size = sum(p.stat().st_size for p in (tmp_path / "adapter").glob("*.safetensors"))
+    assert size < 4 * sum(w.numel() for n, w in live.model.named_parameters() if "lora" in n) + 10_000  # no base in it
+    merged = load(str(tmp_path / "adapter"), precision="fp32")
+    torch.testing.assert_close(logp(merged, corpus), moved, atol=1e-4, rtol=1e-4)
+    assert not any("lora" in name for name, _ in merged.model.named_parameters())
+
+
+def test_a_template_that_is_not_there_is_refused(checkpoint):
+    with pytest.raises(BadModel, match="no chat template"):
+        load(str(checkpoint), template="chat")
+
+
+def test_every_alias_is_an_alias():
+    assert {name: check(name) for name in MODELS} == dict.fromkeys(MODELS, "alias")
+    assert check("owner/name") == "hub"
+
+
+def test_an_unknown_name_is_met_with_the_nearest():
+    with pytest.raises(BadModel, match=r"'tinny'.*did you mean 'tiny'\?"):
+        check("tinny")
+    with pytest.raises(BadModel, match="smollm2-135m, tiny"):
+        check("zzzzzz")
+
+
+def test_a_missing_path_is_named(tmp_path):
+    for name in (str(tmp_path / "nowhere"), str(tmp_path / "nowhere.gguf")):
+        with pytest.raises(BadModel, match="nowhere"):
+            check(name)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(BadModel, match=r"without config\.json"):
+        check(str(tmp_path))
+
+
+def test_a_checkpoint_without_weights_is_refused(checkpoint, tmp_path):
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    with pytest.raises(BadModel, match="without weights"):
+        check(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.pth"])
+def test_pickled_weights_are_refused(checkpoint, tmp_path, name):
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    (tmp_path / name).write_bytes(b"\x80\x04N.")
+    with pytest.raises(BadModel, match=rf"pickled weights \({name}\).*run code"):
+        load(str(tmp_path))
+
+
+def adapter(folder: Path, **config) -> str:
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    return str(folder)
+
+
+def test_an_adapter_without_its_base_is_refused(tmp_path):
+    with pytest.raises(BadModel, match="names no base model"):
+        check(adapter(tmp_path, base_model_name_or_path=None))
+    with pytest.raises(BadModel, match="gone"):
+        check(adapter(tmp_path, base_model_name_or_path=str(tmp_path / "gone")))
+
+
+def test_an_adapter_without_safetensors_is_refused(tmp_path):
+    name = adapter(tmp_path, base_model_name_or_path="tiny")
+    assert check(name) == "adapter"
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(BadModel, match=r"without adapter_model\.safetensors"):
+        check(name)
+
+
+@pytest.fixture
+def broken(checkpoint, tmp_path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+
+
+def test_weights_cut_short_are_a_bad_model(broken):
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadModel, match="broken"):
+        load(str(broken))
+
+
+def test_weights_that_are_absent_are_not_made_up(broken):
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadModel, match=r"lacks weights \(model\.layers\.1\.mlp\.down_proj\.weight, 1 in all\)"):
+        load(str(broken))
+
+
+def test_weights_of_another_shape_are_a_bad_model(broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(BadModel, match="broken"):
+        load(str(broken))
