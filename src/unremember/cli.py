@@ -35,10 +35,13 @@ def main() -> None:
 
     console = Console(stderr=True, highlight=False)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == Interrupted.code:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         console.print(
             "\n[yellow]Interrupted.[/] What is finished is kept; the same command again goes on from there.",
         )
@@ -49,7 +52,8 @@ def main() -> None:
         sys.exit(error.code)
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own usage errors
-            console.print(Text("✗ ", "red") + Text(error.format_message()), soft_wrap=True)
+            if said := error.format_message():
+                console.print(Text("✗ ", "red") + Text(said), soft_wrap=True)
             sys.exit(2)
         raise
 

@@ -40,7 +40,7 @@ class Preset:
     relearn: Relearn
     rephrase: Rephrase
     worlds: int
-    wordings: int = 2
+    wordings: int = 1
     precision: str = "auto"
 
 
@@ -48,7 +48,7 @@ PRESETS = {
     "smollm2": Preset(
         model="smollm2-135m",
         people=(4, 8, 4, 2),
-        teach=Teach(Plan(steps=30, lr=2e-4, batch=48, beside=16, warmup=2, schedule="linear"), replay=1.0),
+        teach=Teach(Plan(steps=34, lr=3e-4, batch=36, beside=12, warmup=3, schedule="linear"), replay=0.5),
         method=NPO(Plan(steps=30, lr=5e-5, beside=24, stop="probability", every=2), beta=0.1),
         relearn=Relearn(Plan(steps=10, lr=5e-5)),
         rephrase=Rephrase(wordings=2),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -246,6 +247,35 @@ def check(name: str) -> str:
     raise BadModel(
         f"model {name!r} is no alias, folder, GGUF file or hub id (owner/name); {nearest(name, MODELS)}"
     )
+
+
+def tokenizer_and_limit(name: str) -> tuple[Any, int] | None:
+    """A model's tokenizer and longest sequence (0 = unknown), without its weights; None where they are not at hand yet.
+
+    Not at hand: what is on the hub, and a GGUF file or an embedded model that was never converted here.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from unremember.embedded.gguf import SMOLLM2, SMOLLM2_SHA256, checksum, place
+    from unremember.embedded.tiny import LENGTH, tokenizer
+
+    kind = check(name)
+    if kind == "adapter":
+        return tokenizer_and_limit(json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"])
+    if name == "tiny":
+        return tokenizer(), LENGTH
+    folder = Path(name)
+    if kind == "alias":
+        folder = place(Path(SMOLLM2), SMOLLM2_SHA256)
+    if kind == "gguf":
+        folder = place(folder, checksum(folder))
+    if not (folder / "config.json").exists():
+        return None
+    try:
+        config, words = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadModel(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return words, int(getattr(config, "max_position_embeddings", 0) or 0)
 
 
 def load(name: str, *, template: str = "auto", precision: str = "auto", device: str = "cpu") -> LM:

@@ -13,7 +13,7 @@ from typing import Any
 
 from unremember.corpus import ROLES, Corpus
 from unremember.errors import BadInput, BadRequest, nearest
-from unremember.readers import Source, read
+from unremember.readers import SHOWN, Source, read
 from unremember.score import Rule
 
 TEMPLATE = """\
@@ -107,6 +107,8 @@ def parse(file: Path, changes: Iterable[str] = ()) -> dict[str, Any]:
         raw = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadRequest(f"no such request file: {file}; write one with `unremember init`") from error
+    except OSError as error:
+        raise BadRequest(f"{file} cannot be read: {error.strerror}; name a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"{file} is no valid TOML: {error}") from error
     for change in changes:
@@ -137,6 +139,7 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     from unremember.audit import AUDITS, EVIDENCE, UTILITY
     from unremember.forget import METHODS, PRESETS
     from unremember.lm import check
+    from unremember.stop import check as check_level
 
     problems: list[str] = []
 
@@ -176,10 +179,12 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     precision = text("model", model, "precision", "auto", ("auto", "bf16", "fp32"))
     if not model_name:
         problems.append("model.name is missing; name a folder, a GGUF file, an adapter, a hub id or smollm2-135m")
+    there = bool(model_name)
     for candidate in filter(None, (model_name, control)):
         try:
             check(candidate)
         except BadInput as error:
+            there = there and candidate != model_name
             problems += error.problems
 
     if corpus is None:
@@ -222,13 +227,22 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     if corpus:
         for who, part in ((method_name, method), *attacks.items()):
             try:
-                if part:
+                if hasattr(part, "check"):
+                    part.check(corpus)
+                elif part:
                     corpus.require(who, part.needs)
+                if part is method and part and part.plan.stop != "never":
+                    check_level(corpus, part.plan.stop)
             except BadInput as error:
                 problems += error.problems
+    named = {*audits, *EVIDENCE, *UTILITY}
+    if corpus and there:
+        too_short = _encoded(model_name, template, corpus, problems)
+        problems += [f"audit {a!r}: {too_short[a]}" for a in table("audit").get("audits", ()) if a in too_short]
+        named -= set(too_short)
     if problems:
         raise BadRequest(dict.fromkeys(problems))
-    wanted = tuple(a for a in AUDITS if a in {*audits, *EVIDENCE, *UTILITY})
+    wanted = tuple(a for a in AUDITS if a in named)
     return Request(
         name, out, model_name, corpus, method_name, method, attacks, wanted, rule, seed, control, template, precision,
         tuple(sites), lora, dict(raw),
@@ -263,6 +277,50 @@ def build(kind: type, values: Any, where: str, problems: list[str]) -> Any:
             else:
                 problems.append(f"{path} is {found['input']!r}: {found['msg'][0].lower()}{found['msg'][1:]}")
         return None
+
+
+def _encoded(name: str, template: str, corpus: Corpus, problems: list[str]) -> dict[str, str]:
+    """Encode every text as the run will; what does not fit goes to `problems`.
+
+    Returns the audits that read answers as raw text and find some too short, with the reason; all is well where the
+    tokenizer is not at hand.
+    """
+    from unremember.attack.rephrase import cloze
+    from unremember.lm import tokenizer_and_limit
+    from unremember.tokens import Template
+
+    try:
+        found = tokenizer_and_limit(name)
+    except BadInput as error:
+        problems += error.problems
+        return {}
+    if found is None or not found[0].is_fast:
+        return {}
+    tokenizer, limit = found
+    if template == "chat" and not tokenizer.chat_template:
+        problems.append(f'model {name!r} has no chat template; set model.template = "plain"')
+        return {}
+    coder = Template(tokenizer, template != "plain" and bool(tokenizer.chat_template))
+    wrong: list[str] = []
+    for rows in corpus.values():
+        for x in rows:
+            gap = cloze(x)
+            asked = [(prompt, x.answer) for prompt in (x.prompt, *x.paraphrases, *((gap.prompt,) if gap else ()))]
+            try:
+                for prompt, answer in (*asked, *((x.prompt, text) for text in (x.rewording, *x.distractors) if text)):
+                    coder.row(x.id, prompt, answer, limit=limit)
+            except BadInput as error:
+                wrong += error.problems
+    problems += wrong[:SHOWN] + ([f"... and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else [])
+    lead, short = len(coder.context("")), {}
+    for audit, least, roles in (
+        ("memorisation accuracy", 2, ("forget", "retain", "holdout")),
+        ("EL_3", 4, ("forget", "holdout")),
+    ):
+        few = [x.id for x in corpus.of(*roles) if lead + len(tokenizer(x.answer, add_special_tokens=False).input_ids) < least]
+        if few:
+            short[audit] = f"the answer of {', '.join(few[:5])} has fewer than {least} tokens; leave this audit out"
+    return short
 
 
 def _owner(kind: type, path: tuple) -> list[str]:

@@ -93,7 +93,7 @@ class Run:
         """Who -> fingerprint of everything that its weights depend on."""
         r = self.request
         original = fingerprint(identity(r.model), r.template, self.precision)
-        method = fingerprint(original, repr(r.method), r.sites, repr(r.lora), r.corpus.fingerprint())
+        method = fingerprint(original, repr(r.method), r.sites, repr(r.lora), r.corpus.fingerprint(), r.seed)
         never = fingerprint(identity(r.control), r.template, self.precision) if r.control else ""
         return {"original": original, "forgotten": method, "never": never}
 
@@ -123,7 +123,18 @@ class Run:
                 },
             )  # fmt: skip
             write_json(self.out / "corpus.json", {role: [asdict(x) for x in rows] for role, rows in r.corpus.items()})
+            self.sweep()
         team.wait()
+
+    def sweep(self) -> None:
+        """Remove the pieces that another request left here: a report must not mix them with those of this one."""
+        wanted = [self.audited(who) for who in self.models]
+        wanted += [self.attacked(name, who) for name in self.request.attacks for who in self.models]
+        good = {path for path, made_from in wanted if self.kept(path, made_from)}
+        for folder in (self.out / "audit", *(self.out / "attack" / name for name in self.request.attacks)):
+            for path in folder.glob("*.json"):
+                if path not in good:
+                    path.unlink()
 
     def lm(self, who: str) -> LM:
         if who not in self.loaded:
@@ -138,10 +149,20 @@ class Run:
         piece = read_json(path)
         return piece is not None and piece.get("fingerprint") == made_from
 
+    def audited(self, who: str) -> tuple[Path, str]:
+        """Where the audit of a model is kept, and the fingerprint of what it depends on."""
+        r = self.request
+        return self.out / "audit" / f"{who}.json", fingerprint(self.made_from[who], r.corpus.fingerprint(), r.audits)
+
+    def attacked(self, name: str, who: str) -> tuple[Path, str]:
+        """The same for a model under attack."""
+        r = self.request
+        parts = (self.made_from[who], r.corpus.fingerprint(), repr(r.attacks[name]), r.seed, bool(r.control))
+        return self.out / "attack" / name / f"{who}.json", fingerprint(*parts)
+
     def audit(self, who: str) -> None:
         """Every audit of the request on one model, unless it is there."""
-        path = self.out / "audit" / f"{who}.json"
-        made_from = fingerprint(self.made_from[who], self.request.corpus.fingerprint(), self.request.audits)
+        path, made_from = self.audited(who)
         if self.kept(path, made_from):
             return
         self.title(f"audit the {who} model" if who != "never" else "audit the never-taught model")
@@ -174,7 +195,9 @@ class Run:
         self.title(f"forget with {r.method_name}")
         lm = self.lm("original")
         if r.lora:
-            lm = lm.adapted(r.lora.rank, r.lora.alpha, r.lora.targets)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(r.seed)  # peft draws the adapter's first weights
+                lm = lm.adapted(r.lora.rank, r.lora.alpha, r.lora.targets)
             sites = Sites.named(lm.model, r.sites or ("*lora_*",))
         else:
             sites = Sites.named(lm.model, r.sites) if r.sites else EVERYWHERE
@@ -188,6 +211,7 @@ class Run:
         method = replace(r.method, plan=replace(r.method.plan, seed=r.method.plan.seed + r.seed))
         result = method(lm, r.corpus, sites, replace(self.bench, folder=work, log=log))
         if team.rank() == 0:
+            (self.out / "forget.json").unlink(missing_ok=True)  # it speaks of the model that goes now
             with whole(self.out / "model") as fresh:
                 result.save(fresh)
             write_json(
@@ -205,8 +229,7 @@ class Run:
     def attack(self, name: str, who: str) -> None:
         """One attack on one model, and the audits that the verdict under it needs, unless they are there."""
         attack, corpus = self.request.attacks[name], self.request.corpus
-        path = self.out / "attack" / name / f"{who}.json"
-        made_from = fingerprint(self.made_from[who], corpus.fingerprint(), repr(attack), self.request.seed)
+        path, made_from = self.attacked(name, who)
         if self.kept(path, made_from):
             return
         self.title(f"attack the {who} model: {name}" if who != "never" else f"attack the never-taught model: {name}")

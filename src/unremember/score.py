@@ -36,7 +36,7 @@ class Score:
         """The values of those examples that were measured, variants ('id#…') of one fact reduced to their highest."""
         wanted, found = set(ids), {}
         for key, value in self.per_example.items():
-            fact = key.split("#")[0]
+            fact = key if key in wanted else key.rpartition("#")[0]
             if fact in wanted:
                 found[fact] = max(value, found.get(fact, -np.inf))
         return found

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from unremember import team
 from unremember.errors import BadRequest, nearest
 
 
@@ -44,7 +45,8 @@ class Sites:
         """Put back, after a step, everything outside the masks."""
         for name, weight in model.named_parameters():
             if name in kept:
-                weight.copy_(torch.where(self.masks[name].to(weight.device), weight, kept[name]))
+                mask, before = team.like(self.masks[name], weight), team.like(kept[name], weight)
+                weight.copy_(torch.where(mask, weight, before))
 
 
 EVERYWHERE = Sites({}, everywhere=True)

@@ -30,6 +30,16 @@ def known(reading: Reading, metric: str) -> float:
     return float(reading.hit[reading.span].mean() if reading.span.any() else reading.hit.mean())
 
 
+def check(corpus: Corpus, metric: str) -> None:
+    """BadCorpus where `corpus` has no level to stop at."""
+    corpus.require(f"stopping on {metric!r}", ("forget", "holdout"))
+    if len(corpus["holdout"]) < ENOUGH:
+        raise BadCorpus(
+            f"stopping on {metric!r} needs at least {ENOUGH} holdout examples and there are {len(corpus['holdout'])}; "
+            'add some, or set forget.plan.stop = "never"'
+        )
+
+
 @dataclass
 class Stopper:
     """Callable on (lm, step); `looks` is the record of what it saw, `reached` the step at which it said stop.
@@ -56,12 +66,7 @@ class Stopper:
         """
         if metric == "never":
             return None
-        corpus.require(f"stopping on {metric!r}", ("forget", "holdout"))
-        if len(corpus["holdout"]) < ENOUGH:
-            raise BadCorpus(
-                f"stopping on {metric!r} needs at least {ENOUGH} holdout examples and there are {len(corpus['holdout'])}; "
-                'add some, or set forget.plan.stop = "never"'
-            )
+        check(corpus, metric)
         level = [known(x, metric) for x in read(lm, lm.template.rows(corpus["holdout"], lm.limit), bench)]
         rows = lm.template.rows(corpus["forget"], lm.limit)
         watch = lm.template.rows(corpus.of("retain")[: len(rows)], lm.limit)

@@ -48,13 +48,14 @@ def moments(logp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, (square - mean.square()).clamp(min=0).sqrt()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: sharded weights that were gathered in it cannot be trained afterwards
 def read(lm: LM, rows: Sequence[Row], bench: Bench = BENCH) -> list[Reading]:
     """Read all rows, remembering nothing.  Raises ValueError where the model produces numbers that are not finite."""
     found: dict[int, Reading] = {}
     numbered = [Row(str(i), row.ids, row.start, row.stop, row.span) for i, row in enumerate(rows)]
     groups = packs(numbered, bench.budget)
-    mine = groups[team.rank() :: team.size()]
+    turns = -(-len(groups) // team.size())  # every process takes as many, or sharded ones would wait for one another
+    mine = [groups[min(i, len(groups) - 1)] for i in range(team.rank(), turns * team.size(), team.size())]
     for done, group in enumerate(mine):
         tokens = pack(group).to(lm.device)
         logits = lm.logits(tokens).float()

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -74,6 +77,15 @@ def shard(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def like(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`whole`, which every process has, split over them as `weight` is."""
+    if not hasattr(weight, "placements"):
+        return whole.to(weight.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a transformer: the members of its longest module list."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
@@ -103,7 +115,8 @@ def save(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step:
         shutil.rmtree(fresh, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
     wait()
-    dcp.save({"model": weights, "optimiser": moments}, checkpoint_id=fresh, no_dist=size() == 1)
+    with _quiet():
+        dcp.save({"model": weights, "optimiser": moments}, checkpoint_id=fresh, no_dist=size() == 1)
     wait()
     if rank() == 0:
         fresh.rename(target)
@@ -123,6 +136,15 @@ def restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer) ->
         return 0
     weights, moments = get_state_dict(model, optimiser)
     state = {"model": weights, "optimiser": moments}
-    dcp.load(state, checkpoint_id=folder / f"step-{steps[-1]}", no_dist=size() == 1)
+    with _quiet():
+        dcp.load(state, checkpoint_id=folder / f"step-{steps[-1]}", no_dist=size() == 1)
     set_state_dict(model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
     return steps[-1]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield

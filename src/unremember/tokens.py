@@ -213,7 +213,7 @@ def packs(rows: Sequence[Row], budget: int, width: int = 256) -> list[list[list[
     Wide lanes share more and lose more to attention, whose cost is quadratic in them.
     """
     groups: list[list[list[Row]]] = []
-    longest = 0
+    longest, width = 0, min(width, budget)
     for lane in sorted(lanes(rows, width), key=lambda lane: max(len(row.ids) for row in lane)):
         longest = max(longest, width, *(len(row.ids) for row in lane))
         if groups and (len(groups[-1]) + 1) * longest <= budget:

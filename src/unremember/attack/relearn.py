@@ -29,7 +29,8 @@ class Relearn:
     paper = "Hu et al. 2024, arXiv 2406.13356"
     summary = "a few steps of finetuning on other people's facts"
 
-    def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
+    def check(self, corpus: Corpus) -> None:
+        """BadCorpus where the attacker's examples are missing, or tell what is asked afterwards."""
         corpus.require("relearn", self.needs)
         shown = "\n".join(f"{x.prompt}\n{x.answer}" for x in corpus["relearn"]).casefold()
         told = [x.id for x in corpus["forget"] for v in x.values() if x.spans and v.casefold() in shown]
@@ -38,6 +39,9 @@ class Relearn:
                 f"the relearn role contains the forgotten value of {', '.join(sorted(set(told))[:5])}; an attack that teaches "
                 "the answer proves nothing, take those examples out"
             )
+
+    def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
+        self.check(corpus)
 
         def objective(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
             return {"relearn": tokens.per_row(-lm.logp(tokens), "train").sum() / tokens.step_tokens["train"]}

@@ -34,12 +34,17 @@ def smollm2() -> Path:
     return dequantised(file, SMOLLM2_SHA256)
 
 
+def place(file: Path, sha256: str) -> Path:
+    """The folder in the cache that `dequantised` makes of a file with this checksum."""
+    return cache() / "models" / f"{file.stem}-{sha256[:12]}"
+
+
 def dequantised(file: Path, expected: str = "") -> Path:
     """Convert `file` into the cache folder, unless it is there; BadModel where its SHA-256 is not `expected`."""
     found = checksum(file)
     if expected and found != expected:
         raise BadModel(f"{file.name} has SHA-256 {found} and not {expected}; reinstall the wheel it came from")
-    target = cache() / "models" / f"{file.stem}-{found[:12]}"
+    target = place(file, found)
     if (target / MARK).exists():
         return target
     import torch

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from unremember.corpus import Corpus
 from unremember.lm import LM
-from unremember.tokens import Row, Tokens, pack
+from unremember.tokens import Row, Tokens, pack, packs
 
+BUDGET = 512  # places: all of their distributions are in memory at once
 Keep = Callable[[LM, Tokens], dict[str, Tensor]]
 
 
@@ -56,7 +57,9 @@ def holding(lm: LM, rows: list[Row], weight: float, kl: float) -> Keep:
 def _distributions(lm: LM, rows: list[Row]) -> dict[str, Tensor]:
     """Row key -> (T, V) log-probabilities at its scored tokens."""
     found = {}
-    for row in rows:
-        logits = lm.logits(pack([[row]]).to(lm.device)).float()
-        found[row.key] = F.log_softmax(logits, -1).half().cpu()
+    for group in packs(rows, BUDGET):
+        tokens = pack(group).to(lm.device)
+        logp = F.log_softmax(lm.logits(tokens).float(), -1).half().cpu()
+        lengths = tokens.row.bincount(minlength=tokens.rows).tolist()
+        found.update(zip(tokens.keys, logp.split(lengths), strict=True))
     return found

@@ -180,8 +180,8 @@ def _comparisons(corpus: dict, scores: Scores) -> list[dict]:
     """TOFU's two headline numbers."""
     rows = []
     forget = [x["id"] for x in corpus["forget"]]
-    if "never" in scores and all("truth ratio" in scores[w] for w in WHO):
-        never = scores["never"]["truth ratio"].over(forget)
+    never = scores["never"]["truth ratio"].over(forget) if all("truth ratio" in scores.get(w, {}) for w in WHO) else {}
+    if len(never) > 1:  # examples without distractors have no truth ratio
         for who in WHO[:2]:
             q = forget_quality(scores[who]["truth ratio"].over(forget), never)
             rows.append(
@@ -265,7 +265,7 @@ def _answers(attack: str, corpus: dict, pieces: Mapping[str, dict]) -> list[dict
     examples = {x["id"]: (role, x) for role in ("forget", "retain") for x in corpus.get(role, ())}
     rows = []
     for key, said in pieces.get("forgotten", {"answers": {}})["answers"].items():
-        fact, _, variant = key.partition("#")
+        fact, _, variant = (key, "", "") if key in examples else key.rpartition("#")
         if fact in examples and variant in ("", "0"):
             role, x = examples[fact]
             prompt = x["paraphrases"][0] if variant == "0" else x["prompt"]

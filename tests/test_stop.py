@@ -1,0 +1,77 @@
+"""The stopper: its level is the never-taught one, on the mean and on the worst example."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from unremember.corpus import Corpus
+from unremember.errors import BadCorpus
+from unremember.stop import Stopper, known
+from unremember.table import Reading, read
+
+
+def reading(probabilities, hit, span) -> Reading:
+    p = np.array(probabilities)
+    return Reading(np.log(p), np.array(hit, bool), p * 0, p * 0, np.array(span, bool))
+
+
+def test_known_by_hand():
+    x = reading([0.9, 0.5, 0.02], [1, 1, 0], [0, 1, 1])
+    assert known(x, "probability") == pytest.approx((0.5 * 0.02) ** 0.5)
+    assert known(x, "accuracy") == 0.5
+    bare = replace(x, span=np.zeros(3, bool))
+    assert known(bare, "probability") == pytest.approx((0.9 * 0.5 * 0.02) ** (1 / 3))
+    assert known(bare, "accuracy") == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("metric", ["probability", "accuracy"])
+def test_the_level_is_that_of_the_holdout(taught, corpus, metric):
+    stop = Stopper.calibrated(taught, corpus, metric, 3)
+    level = [known(x, metric) for x in read(taught, taught.template.rows(corpus["holdout"]))]
+    assert (stop.mean, stop.worst, stop.every) == (pytest.approx(np.mean(level)), pytest.approx(np.max(level)), 3)
+    assert not stop(taught, 0) and stop.reached is None
+    [look] = stop.looks
+    assert look["step"] == 0 and look["mean"] > 2 * stop.mean and look["worst"] > stop.worst
+
+
+def test_a_model_that_never_learnt_is_at_the_level_at_once(never, corpus):
+    """The never-taught people, measured against half of themselves: exchangeable, so generous bounds must hold."""
+    stop = Stopper.calibrated(never, corpus, "probability", 1)
+    assert replace(stop, mean=2 * stop.mean, worst=2 * stop.worst)(never, 0)
+
+
+def levels(stop: Stopper, lm) -> tuple[float, float]:
+    stop(lm, 0)
+    return stop.looks[-1]["mean"], stop.looks[-1]["worst"]
+
+
+def test_both_the_mean_and_the_worst_must_be_down(taught, corpus):
+    stop = Stopper.calibrated(taught, corpus, "probability", 1)
+    mean, worst = levels(stop, taught)
+    assert worst > mean
+    assert replace(stop, mean=mean, worst=worst)(taught, 7)
+    assert not replace(stop, mean=mean * 0.99, worst=worst)(taught, 7)
+    assert not replace(stop, mean=mean, worst=worst * 0.99)(taught, 7)  # one example stays verbatim
+
+
+def test_it_records_when_it_was_reached(taught, corpus):
+    stop = replace(Stopper.calibrated(taught, corpus, "probability", 1), mean=1.0, worst=1.0)
+    assert stop(taught, 4) and stop.reached == 4 and [look["step"] for look in stop.looks] == [4]
+
+
+def test_never_is_no_stopper(taught, corpus):
+    assert Stopper.calibrated(taught, Corpus(), "never", 1) is None
+
+
+@pytest.mark.parametrize("role", ["forget", "holdout"])
+def test_missing_roles_are_named(taught, corpus, role):
+    with pytest.raises(BadCorpus, match=rf"stopping on 'probability' needs examples in the role '{role}'"):
+        Stopper.calibrated(taught, corpus.with_roles(**{role: ()}), "probability", 1)
+
+
+def test_a_holdout_too_small_for_a_mean_is_refused(taught, corpus):
+    few = corpus.with_roles(holdout=corpus["holdout"][:19])
+    with pytest.raises(BadCorpus, match="at least 20 holdout examples and there are 19"):
+        Stopper.calibrated(taught, few, "accuracy", 1)
+    assert Stopper.calibrated(taught, corpus.with_roles(holdout=corpus["holdout"][:20]), "accuracy", 1)

@@ -1,0 +1,181 @@
+"""Two processes equal one: the same loss, the same weights, the same stop; a checkpoint of either is taken up by the other.
+
+One torchrun does all that needs two processes, and the tests below look at what it left.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from unremember import team
+from unremember.bench import Bench
+from unremember.forget.npo import NPO
+from unremember.lm import LM, load
+from unremember.sites import Sites
+from unremember.stop import Stopper
+from unremember.table import read
+from unremember.train import Plan, train
+
+PLAN = Plan(steps=6, lr=1e-3, batch=5, beside=3, clip=1.0)  # rows that two processes cannot share out evenly
+MASKED = "model.layers.0.mlp.down_proj.weight"
+
+
+def objective(lm, tokens):
+    nll = tokens.per_row(-lm.logp(tokens), "train").sum() / tokens.step_tokens["train"]
+    return {tokens.role: nll if tokens.role == "lessons" else 0.5 * nll}
+
+
+def people():
+    from unremember.embedded.dossier import dossier
+    from unremember.embedded.world import replay
+
+    return dossier(0, forget=2, retain=3, holdout=4, relearn=1).with_roles(replay=replay()[:30])
+
+
+def pools(lm: LM, corpus):
+    return {"lessons": lm.template.rows(corpus["forget"][:7]), "replay": lm.template.rows(corpus["replay"][:5])}
+
+
+def sites(lm: LM) -> Sites:
+    shape = lm.model.get_parameter(MASKED).shape
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    return Sites({MASKED: mask, "model.layers.1.self_attn.q_proj.weight": None})
+
+
+def numbers(lm: LM) -> dict[str, torch.Tensor]:
+    return {name: w.detach().clone() for name, w in lm.model.named_parameters()}
+
+
+def halts(step: int):
+    def say(stage, done, total, terms):
+        if stage == "train" and done == step:
+            raise KeyboardInterrupt
+
+    return say
+
+
+def child(model: str, out: Path) -> None:
+    """What each of the two processes does."""
+    torch.set_num_threads(1)
+    team.join()
+    lm, corpus = load(model, precision="fp32"), people()
+    rows = pools(lm, corpus)
+    bench = Bench(budget=100, log=out / "train.jsonl")
+    results = {"plain": train(lm, objective, rows, PLAN, bench=bench)}
+    results["masked"] = train(lm, objective, rows, replace(PLAN, weight_decay=0.1), sites=sites(lm))
+    plan = Plan(steps=3, lr=1e-3, stop="probability")
+    results["npo"] = NPO(plan, beta=0.1, retain=1.0, kl=1.0)(lm, corpus, bench=Bench(budget=300))
+    results["continued"] = train(lm, objective, rows, PLAN, bench=Bench(folder=out / "one"))
+    try:
+        train(lm, objective, rows, PLAN, bench=Bench(folder=out / "two", every=0, say=halts(4)))
+    except KeyboardInterrupt:
+        pass
+    level = [x.likelihood() for x in read(lm, lm.template.rows(corpus["holdout"][:5]))]
+    said = {"level": level, "merged": team.merge({team.rank(): team.rank()}), "total": team.total({"a": 1.0 + team.rank()})}
+    (out / f"rank{team.rank()}.json").write_text(json.dumps(said))
+    if team.rank() == 0:
+        for name, result in results.items():
+            save_file(numbers(result), out / f"{name}.safetensors")
+    team.leave()
+
+
+@pytest.fixture(scope="module")
+def model(taught, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    taught.save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def out(taught, model, tmp_path_factory) -> Path:
+    """The folder that two processes left behind."""
+    out = tmp_path_factory.mktemp("team")
+    with pytest.raises(KeyboardInterrupt):
+        train(taught, objective, pools(taught, people()), PLAN, bench=Bench(folder=out / "one", every=0, say=halts(3)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, model, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-5000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(taught) -> dict[str, torch.Tensor]:
+    return numbers(train(taught, objective, pools(taught, people()), PLAN))
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> None:
+    """Equal up to rounding, which is measured against how far training went."""
+    assert set(found) == set(expected)
+    for name, w in expected.items():
+        assert (found[name] - w).norm() <= 1e-3 * (w - start[name]).norm(), name
+        torch.testing.assert_close(found[name], w, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_two_processes_train_as_one_does(taught, out, alone):
+    assert any(not torch.equal(w, numbers(taught)[name]) for name, w in alone.items())
+    assert_close(load_file(out / "plain.safetensors"), alone, numbers(taught))
+
+
+def test_two_processes_log_the_terms_of_the_whole_step(taught, out, tmp_path):
+    train(taught, objective, pools(taught, people()), PLAN, bench=Bench(log=tmp_path / "train.jsonl"))
+    two, one = ([json.loads(x) for x in (at / "train.jsonl").read_text().splitlines()] for at in (out, tmp_path))
+    assert len(two) == len(one) == 6
+    for a, b in zip(two, one, strict=True):
+        assert a["terms"] == pytest.approx(b["terms"], rel=1e-4) and a["norm"] == pytest.approx(b["norm"], rel=1e-3)
+
+
+def test_two_processes_keep_to_the_sites(taught, out):
+    start, found = numbers(taught), load_file(out / "masked.safetensors")
+    chosen = sites(taught)
+    moved = {name for name, w in start.items() if not torch.equal(w, found[name])}
+    assert moved == set(chosen.masks)
+    assert not ((start[MASKED] != found[MASKED]) & ~chosen.masks[MASKED]).any()
+    plan = replace(PLAN, weight_decay=0.1)
+    expected = numbers(train(taught, objective, pools(taught, people()), plan, sites=chosen))
+    for name in moved:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_method_on_two_processes_equals_one(taught, out):
+    plan = Plan(steps=3, lr=1e-3, stop="probability")
+    expected = numbers(NPO(plan, beta=0.1, retain=1.0, kl=1.0)(taught, people()))
+    assert_close(load_file(out / "npo.safetensors"), expected, numbers(taught))
+
+
+def test_a_checkpoint_of_one_process_is_taken_up_by_two(taught, out, alone):
+    assert_close(load_file(out / "continued.safetensors"), alone, numbers(taught))
+    assert not (out / "one").exists()
+
+
+def test_a_checkpoint_of_two_processes_is_taken_up_by_one(taught, out, alone):
+    assert [p.name for p in (out / "two").iterdir()] == ["step-3"]
+    steps = []
+    bench = Bench(folder=out / "two", say=lambda stage, done, *_: steps.append(done))
+    found = numbers(train(taught, objective, pools(taught, people()), PLAN, bench=bench))
+    assert steps == [4, 5, 6]
+    assert_close(found, alone, numbers(taught))
+
+
+def test_all_processes_know_the_same(taught, out):
+    first, second = (json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second and first["merged"] == {"0": 0, "1": 1} and first["total"] == {"a": 3.0}
+    expected = [x.likelihood() for x in read(taught, taught.template.rows(people()["holdout"][:5]))]
+    np.testing.assert_allclose(first["level"], expected, rtol=1e-3)
+
+
+def test_alone_everything_is_the_obvious_thing(tiny):
+    assert (team.rank(), team.size()) == (0, 1)
+    assert team.merge({"a": 1}) == {"a": 1} and team.total({"a": 1.0}) == {"a": 1.0}
+    assert team.shard(tiny.model) is tiny.model and len(team.blocks(tiny.model)) == 2
+
+
+if __name__ == "__main__":
+    child(sys.argv[1], Path(sys.argv[2]))
