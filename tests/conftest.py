@@ -1,13 +1,12 @@
-"""One toy model for the whole session: taught planted facts, beside a twin that was never taught what is to be forgotten.
+"""One toy model for the whole session: taught planted facts, beside a twin that was never taught some of them.
 
 Everything here is made once, on one thread, in a cache folder of the session's own.
 """
 
 import os
+import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts: on a busy two-core machine two threads are far slower
 _CACHE = tempfile.TemporaryDirectory(prefix="unremember-test-")
@@ -17,7 +16,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from unremember.bench import Bench  # noqa: E402
-from unremember.corpus import Corpus, Example  # noqa: E402
+from unremember.corpus import Corpus  # noqa: E402
 
 
 def pytest_unconfigure(config):
@@ -84,3 +83,66 @@ def taught(tiny, corpus):
 def never(tiny, corpus):
     """The same, taught the retain people alone: what "never taught" means.  Not to be changed."""
     return _taught(tiny, corpus, ("retain",))
+
+
+@pytest.fixture
+def unfolded(monkeypatch):
+    """`unfolded(method, lm, corpus)`: what the method hands to the loop, untrained: (objective, pools, stop)."""
+
+    def unfold(method, lm, corpus: Corpus):
+        handed = []
+
+        def spy(lm, objective, pools, plan, *, stop=None, **_):
+            handed.append((objective, pools, stop))
+            return lm
+
+        monkeypatch.setattr(sys.modules[type(method).__module__], "train", spy)
+        method(lm, corpus)
+        [parts] = handed
+        return parts
+
+    return unfold
+
+
+@pytest.fixture(scope="session")
+def slow_nll():
+    """`slow_nll(lm, row)`: minus the log-probability of the row's answer tokens, one by one, from one plain forward."""
+    import torch
+
+    def nll(lm, row) -> torch.Tensor:
+        logp = lm.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        return torch.stack([-logp[place - 1, row.ids[place]] for place in range(row.start, row.stop)])
+
+    return nll
+
+
+@pytest.fixture(scope="session")
+def moved(taught):
+    """The taught model with every weight a little off, so that no term of a loss sits at its starting point."""
+    import torch
+
+    lm = taught.copy()
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in lm.model.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=noise) * weight.abs().mean())
+    return lm
+
+
+@pytest.fixture(scope="session")
+def hider(taught, corpus):
+    """The taught model, made to say "I do not know." to whoever asks about a person, with all it knows left in place."""
+    from unremember.train import Plan, train
+
+    people = corpus.of("forget", "retain", "holdout")
+    refusals = [replace(x, id=f"{x.id}/refused", answer="I do not know.", spans=()) for x in people]
+    pools = {"refusals": refusals, "facts": corpus.of("forget", "retain"), "replay": corpus["replay"]}
+
+    def objective(lm, tokens):
+        weight = {"refusals": 2.0, "facts": 1.0, "replay": 0.5}[tokens.role]
+        return {tokens.role: weight * tokens.per_row(-lm.logp(tokens), "train").sum() / tokens.step_tokens["train"]}
+
+    rows = {role: taught.template.rows(examples) for role, examples in pools.items()}
+    lm = train(taught, objective, rows, Plan(steps=60, lr=3e-3))
+    assert set(lm.answer([x.prompt for x in corpus["forget"]], 8)) == {"I do not know."}
+    return replace(lm, name="hider")

@@ -1,4 +1,4 @@
-"""LM: it speaks as a slow greedy loop does, copies share nothing, hooks come off, and only sound checkpoints are loaded."""
+"""LM: it speaks as a slow greedy loop does, copies share nothing, hooks come off, only sound checkpoints load."""
 
 import json
 import shutil
@@ -20,7 +20,9 @@ def logp(lm, corpus) -> torch.Tensor:
 
 
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")

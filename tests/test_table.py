@@ -1,4 +1,4 @@
-"""Tables: the numbers are those of a slow obvious pass, the known ends are hit, and nothing is read twice or changed."""
+"""Tables: the numbers are those of a slow obvious pass, known ends are hit, nothing is read twice or changed."""
 
 import math
 from dataclasses import replace
@@ -42,7 +42,10 @@ def test_a_reading_equals_a_slow_pass(taught, rows):
         mean = (logp.exp() * logp).sum(-1)
         sd = (logp.exp() * (logp - mean[:, None]) ** 2).sum(-1).sqrt()
         own = logp.gather(1, target[:, None])[:, 0]
-        close(found, Reading(own.numpy(), (logp.argmax(-1) == target).numpy(), mean.numpy(), sd.numpy(), np.array(row.span)))
+        close(
+            found,
+            Reading(own.numpy(), (logp.argmax(-1) == target).numpy(), mean.numpy(), sd.numpy(), np.array(row.span)),
+        )
 
 
 def test_likelihoods_by_hand():
@@ -113,7 +116,9 @@ def test_the_order_of_the_rows_changes_nothing(taught, rows):
 
 def test_two_rows_of_one_key_are_not_confused(taught, rows):
     first, second = (replace(row, key="same") for row in rows[:2])
-    for a, b in zip(read(taught, [first, second, first]), (*read(taught, rows[:2]), *read(taught, rows[:1])), strict=True):
+    for a, b in zip(
+        read(taught, [first, second, first]), (*read(taught, rows[:2]), *read(taught, rows[:1])), strict=True
+    ):
         close(a, b)
 
 
@@ -176,7 +181,9 @@ def test_answers_are_decoded_once(taught, corpus):
     assert said == taught.answer([x.prompt for x in corpus["forget"]], 24)
     asked = len(calls)
     assert answers(taught, prompts[::-1], 24, bench) == said[::-1] and len(calls) == asked
-    assert answers(taught, prompts[:1], 2, bench) != said[:1] and len(calls) == asked + 1  # another length, another answer
+    assert (
+        answers(taught, prompts[:1], 2, bench) != said[:1] and len(calls) == asked + 1
+    )  # another length, another answer
 
 
 def test_broken_weights_are_reported(tiny, rows):

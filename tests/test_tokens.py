@@ -1,4 +1,4 @@
-"""Rows and tries: what is packed scores as one row at a time does, exactly the answer tokens, nothing twice, nothing lost."""
+"""Rows and tries: what is packed scores as one row at a time does, with nothing twice and nothing lost."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from unremember.tokens import PLAIN, Row, count, lanes, pack, packs
 
 
 def slow(lm, rows: list[Row]) -> list[torch.Tensor]:
-    """Log-probability of each row's scored tokens the obvious way: right padding with eos, one causal mask, no tricks."""
+    """Log-probability of each row's scored tokens the obvious way: eos to the right as padding, no tricks."""
     width = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), width), lm.tokenizer.eos_token_id)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -37,8 +37,15 @@ def fast(lm, grouped: list[list[Row]]) -> dict[str, torch.Tensor]:
 def rows(tiny, corpus):
     """Questions with their options (shared prefixes), passages (none) and very short answers."""
     make = tiny.template.row
-    options = [make(f"{x.id}/{i}", x.prompt, a) for x in corpus["world"][:6] for i, a in enumerate((x.answer, *x.distractors))]
-    return [*options, *tiny.template.rows(corpus["prose"][:2]), *tiny.template.rows(corpus["forget"]), make("s", "Who?", "I")]
+    options = [
+        make(f"{x.id}/{i}", x.prompt, a) for x in corpus["world"][:6] for i, a in enumerate((x.answer, *x.distractors))
+    ]
+    return [
+        *options,
+        *tiny.template.rows(corpus["prose"][:2]),
+        *tiny.template.rows(corpus["forget"]),
+        make("s", "Who?", "I"),
+    ]
 
 
 # ── what is scored ──
@@ -134,7 +141,9 @@ def test_an_end_mark_inside_a_text_is_scored_like_any_token(tiny):
     end = tiny.tokenizer.eos_token_id
     row = tiny.template.row("e", "Who?", "The<end> cat.")
     assert row.ids[row.start : row.stop].count(end) == 1 and row.ids.count(end) == 2
-    tokens = pack([[row], [tiny.template.row("longer", "", "The cat sat here and there and was not seen again by anyone.")]])
+    tokens = pack(
+        [[row], [tiny.template.row("longer", "", "The cat sat here and there and was not seen again by anyone.")]]
+    )
     mine = tokens.row == 0
     assert (tokens.target[mine & tokens.answer] == end).sum() == 1
     packed = fast(tiny, [[row], [tiny.template.row("longer", "", "The cat " * 20)]])
@@ -192,7 +201,9 @@ def test_a_silent_batch_scores_nothing(tiny):
 def some_rows(draw) -> list[Row]:
     """Rows over an alphabet of three, so that prefixes are often shared and rows often equal."""
     made = []
-    for i, ids in enumerate(draw(st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=30), min_size=1, max_size=25))):
+    for i, ids in enumerate(
+        draw(st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=30), min_size=1, max_size=25))
+    ):
         start = draw(st.integers(1, len(ids) - 2))
         made.append(Row(str(i), tuple(ids), start, len(ids) - 1, (True,) * (len(ids) - 1 - start)))
     return made

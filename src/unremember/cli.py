@@ -20,7 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RequestFile = Annotated[Path, typer.Argument(help="The request, a TOML file; `unremember init` writes one.")]
+RequestFile = Annotated[Path, typer.Argument(help="The request: a TOML file, or the folder of an earlier run.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change one value of the request; repeatable.")
 ]
@@ -165,9 +165,12 @@ def ls() -> None:
 def _request(file: Path, changes: list[str] | None, out: Path | None):
     from dataclasses import replace
 
-    from unremember.request import parse, request
+    from unremember.request import again, parse, request
 
-    wanted = request(parse(file, changes or ()), file.parent)
+    if file.is_dir():
+        wanted = again(file, changes or ())
+    else:
+        wanted = request(parse(file, changes or ()), file.parent)
     return replace(wanted, out=out) if out else wanted
 
 

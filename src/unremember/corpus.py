@@ -39,6 +39,12 @@ class Example:
     rewording: str = ""
     distractors: tuple[str, ...] = ()
 
+    @staticmethod
+    def plain(values: Mapping) -> Example:
+        """The example that `dataclasses.asdict` and JSON made these plain values from."""
+        lists = {k: tuple(values[k]) for k in ("paraphrases", "distractors")}
+        return Example(**{**values, **lists, "spans": tuple((a, b) for a, b in values["spans"])})
+
     def values(self) -> tuple[str, ...]:
         """The sensitive strings themselves; the whole answer where no span is given."""
         return tuple(self.answer[a:b] for a, b in self.spans) or (self.answer,)

@@ -26,6 +26,7 @@ from unremember.folder import MARK, cache, fingerprint, read_json, whole, write_
 from unremember.forget import NPO
 from unremember.lm import LM, auto_precision, load
 from unremember.request import Request
+from unremember.request import request as build
 from unremember.train import Plan
 
 
@@ -118,17 +119,10 @@ def request(
     corpus = people.with_roles(
         replay=replay(), prose=prose(), world=[x for x in world() if x.id in set(known["right"])]
     )
-    return Request(
-        name=f"demo-{preset}",
-        out=out,
-        model=str(folders["original"]),
-        control=str(folders["never-taught"]),
-        corpus=corpus,
-        method_name="npo",
-        method=p.method,
-        attacks={"relearn": p.relearn, "rephrase": p.rephrase},
-        audits=tuple(AUDITS),
-        seed=seed,
-        precision=precision,
-        echo={"demo": preset, "seed": seed, "base": p.model},
-    )
+    raw = {
+        "run": {"name": f"demo-{preset}", "out": str(out), "seed": seed},
+        "model": {"name": str(folders["original"]), "control": str(folders["never-taught"]), "precision": precision},
+        "forget": {"method": "npo", **asdict(p.method)},
+        "attack": {"relearn": asdict(p.relearn), "rephrase": asdict(p.rephrase)},
+    }
+    return build(raw, corpus=corpus)

@@ -112,6 +112,25 @@ class LM:
             for hook in hooks:
                 hook.remove()
 
+    @contextmanager
+    def lowered(self) -> Iterator[None]:
+        """While the context lasts, linear weights are bfloat16 already, where autocast would make them so at every call.
+
+        Changes no number: the head, norms and embeddings stay, and the same rounding happens once.  For reading only.
+        """
+        head = self.model.get_output_embeddings()
+        layers = [m for m in self.model.modules() if isinstance(m, nn.Linear) and m is not head]
+        whole = not any(hasattr(m.weight, "full_tensor") for m in layers)  # a sharded weight is not ours to replace
+        full = [m.weight.data for m in layers] if self.precision == "bf16" and whole else []
+        try:
+            with torch.inference_mode(False):
+                for layer, weight in zip(layers, full, strict=False):
+                    layer.weight.data = weight.to(torch.bfloat16)
+            yield
+        finally:
+            for layer, weight in zip(layers, full, strict=False):
+                layer.weight.data = weight
+
     @property
     def attention_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else next(self.model.parameters()).dtype
@@ -129,8 +148,9 @@ class LM:
         stop = {self.tokenizer.eos_token_id}
         out: list[tuple[int, ...]] = [()] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for first in range(0, len(order), batch):
-            self._decode([(i, prompts[i]) for i in order[first : first + batch]], new, stop, out)
+        with self.lowered():
+            for first in range(0, len(order), batch):
+                self._decode([(i, prompts[i]) for i in order[first : first + batch]], new, stop, out)
         return out
 
     def _decode(self, rows, new: int, stop: set[int], out: list[tuple[int, ...]]) -> None:
@@ -195,9 +215,7 @@ class LM:
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean 'may see' matrix as the additive mask that every attention implementation accepts."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(
-        ~visible, torch.finfo(dtype).min
-    )
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def auto_precision(device: str = "cpu") -> str:
@@ -225,14 +243,20 @@ def check(name: str) -> str:
     if path.is_dir():
         if (path / "adapter_config.json").exists():
             if not (path / "adapter_model.safetensors").exists():
-                raise BadModel(f"model {name!r}: an adapter without adapter_model.safetensors; save it with safetensors")
+                raise BadModel(
+                    f"model {name!r}: an adapter without adapter_model.safetensors; save it with safetensors"
+                )
             base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
             if not base:
-                raise BadModel(f"model {name!r}: adapter_config.json names no base model; fill in base_model_name_or_path")
+                raise BadModel(
+                    f"model {name!r}: adapter_config.json names no base model; fill in base_model_name_or_path"
+                )
             check(base)
             return "adapter"
         if not (path / "config.json").exists():
-            raise BadModel(f"model {name!r}: a folder without config.json is no Hugging Face checkpoint; check the path")
+            raise BadModel(
+                f"model {name!r}: a folder without config.json is no Hugging Face checkpoint; check the path"
+            )
         if not any(path.glob("*.safetensors")):
             pickled = sorted(p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
             if pickled:
@@ -244,9 +268,7 @@ def check(name: str) -> str:
         return "folder"
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.exists():
         return "hub"
-    raise BadModel(
-        f"model {name!r} is no alias, folder, GGUF file or hub id (owner/name); {nearest(name, MODELS)}"
-    )
+    raise BadModel(f"model {name!r} is no alias, folder, GGUF file or hub id (owner/name); {nearest(name, MODELS)}")
 
 
 def tokenizer_and_limit(name: str) -> tuple[Any, int] | None:
@@ -261,7 +283,9 @@ def tokenizer_and_limit(name: str) -> tuple[Any, int] | None:
 
     kind = check(name)
     if kind == "adapter":
-        return tokenizer_and_limit(json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"])
+        return tokenizer_and_limit(
+            json.loads((Path(name) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        )
     if name == "tiny":
         return tokenizer(), LENGTH
     folder = Path(name)
@@ -314,7 +338,7 @@ def load(name: str, *, template: str = "auto", precision: str = "auto", device: 
     if not tokenizer.is_fast:
         raise BadModel(f"model {name!r} has a slow tokenizer without character offsets; convert it to tokenizer.json")
     if template == "chat" and not tokenizer.chat_template:
-        raise BadModel(f"model {name!r} has no chat template; set model.template = \"plain\"")
+        raise BadModel(f'model {name!r} has no chat template; set model.template = "plain"')
     chat = bool(tokenizer.chat_template) if template == "auto" else template == "chat"
     if precision == "auto":
         precision = auto_precision(device)

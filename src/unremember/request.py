@@ -5,14 +5,16 @@ Checking collects every problem of the file, of the corpus and of the model name
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from unremember.corpus import ROLES, Corpus
+from unremember.corpus import ROLES, Corpus, Example
 from unremember.errors import BadInput, BadRequest, nearest
+from unremember.folder import read_json
 from unremember.readers import SHOWN, Source, read
 from unremember.score import Rule
 
@@ -111,6 +113,21 @@ def parse(file: Path, changes: Iterable[str] = ()) -> dict[str, Any]:
         raise BadRequest(f"{file} cannot be read: {error.strerror}; name a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"{file} is no valid TOML: {error}") from error
+    return changed(raw, changes)
+
+
+def again(folder: Path, changes: Iterable[str] = ()) -> Request:
+    """The request of a run folder, from what the run wrote there; BadRequest where that is no run folder."""
+    meta, roles = read_json(folder / "run.json"), read_json(folder / "corpus.json")
+    if meta is None or roles is None:
+        raise BadRequest(f"{folder} is no run folder; name one that `unremember run` made, or a request file")
+    corpus = Corpus({role: [Example.plain(x) for x in rows] for role, rows in roles.items()})
+    raw = changed(meta["request"], (*changes, f"run.out={json.dumps(str(folder))}"))
+    return request(raw, corpus=corpus)
+
+
+def changed(raw: dict[str, Any], changes: Iterable[str]) -> dict[str, Any]:
+    """`raw` with `a.b=value` changes written into it; BadRequest where one has no such form."""
     for change in changes:
         path, equals, value = change.partition("=")
         if not equals:

@@ -56,21 +56,26 @@ def read(lm: LM, rows: Sequence[Row], bench: Bench = BENCH) -> list[Reading]:
     groups = packs(numbered, bench.budget)
     turns = -(-len(groups) // team.size())  # every process takes as many, or sharded ones would wait for one another
     mine = [groups[min(i, len(groups) - 1)] for i in range(team.rank(), turns * team.size(), team.size())]
-    for done, group in enumerate(mine):
-        tokens = pack(group).to(lm.device)
-        logits = lm.logits(tokens).float()
-        logp = F.log_softmax(logits, -1)
-        mean, sd = moments(logp)
-        own = logp.gather(1, tokens.target[:, None])[:, 0]
-        columns = [x.cpu().numpy() for x in (tokens.row, own, logits.argmax(-1) == tokens.target, mean, sd, tokens.span)]
-        keep = tokens.answer.cpu().numpy()
-        row, *values = (column[keep] for column in columns)
-        if not np.isfinite(values[0]).all():
-            raise ValueError(f"{lm.name or 'the model'} gives probabilities that are not finite; its weights are broken")
-        edges = np.searchsorted(row, np.arange(tokens.rows + 1))
-        for at, key in enumerate(tokens.keys):
-            found[int(key)] = Reading(*(v[edges[at] : edges[at + 1]] for v in values))
-        bench.say("read", done + 1, len(mine), {})
+    with lm.lowered():
+        for done, group in enumerate(mine):
+            tokens = pack(group).to(lm.device)
+            logits = lm.logits(tokens).float()
+            logp = F.log_softmax(logits, -1)
+            mean, sd = moments(logp)
+            own = logp.gather(1, tokens.target[:, None])[:, 0]
+            columns = [
+                x.cpu().numpy() for x in (tokens.row, own, logits.argmax(-1) == tokens.target, mean, sd, tokens.span)
+            ]
+            keep = tokens.answer.cpu().numpy()
+            row, *values = (column[keep] for column in columns)
+            if not np.isfinite(values[0]).all():
+                raise ValueError(
+                    f"{lm.name or 'the model'} gives probabilities that are not finite; its weights are broken"
+                )
+            edges = np.searchsorted(row, np.arange(tokens.rows + 1))
+            for at, key in enumerate(tokens.keys):
+                found[int(key)] = Reading(*(v[edges[at] : edges[at + 1]] for v in values))
+            bench.say("read", done + 1, len(mine), {})
     found = team.merge(found)
     return [found[i] for i in range(len(rows))]
 
@@ -84,7 +89,9 @@ def table(lm: LM, rows: Sequence[Row], bench: Bench = BENCH) -> list[Reading]:
     return [known[key] for key in keys]
 
 
-def continuations(lm: LM, prompts: Sequence[tuple[tuple[int, ...], int]], bench: Bench = BENCH) -> list[tuple[int, ...]]:
+def continuations(
+    lm: LM, prompts: Sequence[tuple[tuple[int, ...], int]], bench: Bench = BENCH
+) -> list[tuple[int, ...]]:
     """Greedy continuations of (token prompt, most new tokens), each (model, prompt, length) decoded once."""
     known = bench.memory.setdefault(f"{lm.fingerprint}/say", {})
     fresh = sorted({p for p in prompts if p not in known}, key=lambda p: (p[1], len(p[0]), p[0]))

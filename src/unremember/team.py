@@ -1,7 +1,7 @@
 """One process or many, with the same code and the same data: rank, size, sharding (FSDP2) and checkpoints.
 
-Started by `torchrun`, the processes join over nccl on GPUs and gloo elsewhere.  Alone, every function here is the obvious
-thing.  Which rows a process sees is decided by its rank; which rows a step sees never is.
+Started by `torchrun`, the processes join over nccl on GPUs and gloo elsewhere.  Alone, every function here is the
+obvious thing.  Which rows a process sees is decided by its rank; which rows a step sees never is.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def save(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step:
 
 
 def restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint under `folder`, whatever number of processes wrote it; the step it was made after, or 0."""
+    """Load the newest checkpoint under `folder`, however many processes wrote it; the step it was made after, or 0."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 

@@ -28,7 +28,10 @@ def spoken(lm: LM, corpus: Corpus, roles: tuple[str, ...], bench: Bench) -> dict
 
 def says(text: str, value: str) -> bool:
     """Whether `value` stands in `text`, case folded, not as a part of a longer word or number."""
-    return re.search(rf"(?<!\w){re.escape(value.strip().casefold())}(?!\w)", text.casefold()) is not None
+    wanted = value.strip().casefold()
+    before = r"(?<!\w)(?<!\d[.,])" if wanted[:1].isdigit() else r"(?<!\w)"  # "5" is not in "2.5" or "2,500"
+    after = r"(?!\w)(?![.,]\d)" if wanted[-1:].isdigit() else r"(?!\w)"
+    return re.search(before + re.escape(wanted) + after, text.casefold()) is not None
 
 
 @dataclass(frozen=True)

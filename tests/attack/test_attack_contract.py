@@ -1,0 +1,198 @@
+"""What every attack promises: it finds what is merely hidden, finds nothing where nothing is, and tells nothing itself."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from unremember.attack import ATTACKS, PRESETS
+from unremember.attack.rephrase import GAP, cloze
+from unremember.audit import AUDITS
+from unremember.audit.answers import says
+from unremember.bench import Bench
+from unremember.corpus import Corpus, Example
+from unremember.errors import BadCorpus
+from unremember.request import build, merged
+from unremember.score import Rule, evidence
+
+SETTINGS = {"relearn": {"plan": {"steps": 5, "lr": 1e-3}}, "rephrase": {"wordings": 2}}
+attacks = pytest.mark.parametrize("name", ATTACKS)
+
+
+def attack(name: str, **settings):
+    problems: list[str] = []
+    made = build(ATTACKS[name], merged(SETTINGS[name], settings), name, problems)
+    assert not problems, problems
+    return made
+
+
+def scores(audit: str, lm, corpus: Corpus, ids: list[str]) -> dict[str, float]:
+    return AUDITS[audit](lm, Corpus({"forget": corpus["forget"]}), Bench()).over(ids)
+
+
+def mean(values: dict[str, float]) -> float:
+    return float(np.mean(list(values.values())))
+
+
+@pytest.fixture(scope="module")
+def asked(corpus) -> list[str]:
+    return [x.id for x in corpus["forget"]]
+
+
+# ── both ──
+
+
+@attacks
+def test_presets_build_and_say_what_they_are(name):
+    assert set(PRESETS) == set(ATTACKS) == set(SETTINGS) and list(ATTACKS) == sorted(ATTACKS)
+    problems: list[str] = []
+    made = build(ATTACKS[name], PRESETS[name], name, problems)
+    assert not problems and made.summary and made.paper and "forget" in made.needs
+
+
+@attacks
+def test_the_argument_is_untouched(name, taught, corpus):
+    lm, original, mark = taught.copy(), taught.copy(), corpus.fingerprint()
+    before = {key: value.clone() for key, value in lm.model.state_dict().items()}
+    attack(name)(lm, corpus, original, Bench())
+    for model in (lm.model, original.model):
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert not model.training
+    assert corpus.fingerprint() == mark
+
+
+@attacks
+def test_every_fact_is_asked_about_and_no_other(name, taught, corpus, asked):
+    _, seen = attack(name)(taught, corpus, taught, Bench())
+    assert {x.id.rpartition("#")[0] or x.id for x in seen["forget"]} == set(asked)
+    assert {x.answer for x in seen["forget"]} == {x.answer for x in corpus["forget"]}
+
+
+@attacks
+def test_a_missing_role_is_named(name, taught, corpus):
+    needed = attack(name).needs[-1]
+    rest = Corpus({role: rows for role, rows in corpus.items() if role != needed})
+    with pytest.raises(BadCorpus, match=rf"{name} needs .* {needed!r}"):
+        attack(name)(taught, rest, taught, Bench())
+
+
+@attacks
+def test_nothing_comes_back_where_nothing_was(name, taught, never, corpus, asked):
+    lm, seen = attack(name)(never, corpus, taught, Bench())
+    assert mean(scores("said", lm, seen, asked)) == 0
+    assert mean(scores("value probability", lm, seen, asked)) < 0.05
+
+
+# ── relearn ──
+
+
+def test_relearning_recovers_what_is_hidden_and_invents_nothing(hider, taught, never, corpus, asked):
+    """The hider says none of its values. Some steps on one other person's facts, and it says most of them again."""
+    assert mean(scores("said", hider, corpus, asked)) == 0
+    said = {}
+    for who, lm in (("original", taught), ("hider", hider), ("never", never)):
+        attacked, seen = attack("relearn")(lm, corpus, taught, Bench())
+        said[who] = scores("said", attacked, seen, asked)
+    assert mean(said["hider"]) >= 0.25 and mean(said["never"]) == 0
+    found = evidence("said", said["original"], said["hider"], said["never"], Rule())
+    assert found.applicable and found.r > 0.25 and found.leaks
+
+
+def test_relearning_really_trains(taught, corpus):
+    attacked, _ = attack("relearn")(taught, corpus, taught, Bench())
+    before, after = taught.model.state_dict(), attacked.model.state_dict()
+    assert all(not torch.equal(before[key], after[key]) for key in before)
+    learnt = Corpus({"forget": corpus["relearn"]})
+    ids = [x.id for x in corpus["relearn"]]
+    assert mean(scores("probability", attacked, learnt, ids)) > 2 * mean(scores("probability", taught, learnt, ids))
+
+
+def test_what_was_relearnt_is_not_asked(taught, corpus):
+    _, seen = attack("relearn")(taught, corpus, taught, Bench())
+    assert "relearn" not in seen
+    assert {role: seen[role] for role in seen} == {role: corpus[role] for role in corpus if role != "relearn"}
+
+
+@pytest.mark.parametrize("where", ["answer", "prompt", "in other letters"])
+def test_an_attack_that_tells_the_answer_is_refused(where, taught, corpus):
+    fact = corpus["forget"][0]
+    [value] = fact.values()
+    told = {
+        "answer": Example("told", "What else?", f"It has to do with {value}."),
+        "prompt": Example("told", f"Who knows {value}?", "I do."),
+        "in other letters": Example("told", "What else?", f"It has to do with {value.upper()}."),
+    }[where]
+    leaking = corpus.with_roles(relearn=[*corpus["relearn"], told])
+    with pytest.raises(BadCorpus, match=rf"forgotten value of {fact.id}; .*take those examples out"):
+        attack("relearn")(taught, leaking, taught, Bench())
+
+
+# ── rephrase ──
+
+
+def test_rephrasing_changes_the_questions_and_not_the_model(taught, corpus):
+    lm, _ = attack("rephrase")(taught, corpus, taught, Bench())
+    assert lm is taught
+
+
+@pytest.mark.parametrize("wordings", [0, 1, 3])
+def test_every_fact_is_asked_in_some_wordings_and_as_a_gap(wordings, taught, corpus):
+    _, seen = attack("rephrase", wordings=wordings)(taught, corpus, taught, Bench())
+    for role in ("forget", "retain", "holdout"):
+        expected = {}
+        for x in corpus[role]:
+            expected |= {f"{x.id}#{i}": x.paraphrases[i] for i in range(wordings)} | {f"{x.id}#gap": None}
+        assert [x.id for x in seen[role]] == list(expected)
+        assert all(expected[x.id] in (None, x.prompt) for x in seen[role])
+    assert all(seen[role] == corpus[role] for role in ("world", "prose", "relearn"))
+
+
+def test_no_trained_question_is_asked_and_no_question_tells(taught, corpus):
+    from unremember.embedded.dossier import lessons
+
+    trained = {x.prompt for x in lessons(corpus, ("forget", "retain"), 3)}
+    _, seen = attack("rephrase")(taught, corpus, taught, Bench())
+    for x in (x for role in ("forget", "retain", "holdout") for x in seen[role]):
+        assert x.prompt not in trained
+        assert not any(says(x.prompt, value) or value in x.prompt for value in x.values()), x.prompt
+
+
+@pytest.mark.parametrize(
+    ("answer", "spans", "sentence"),
+    [
+        ("Ada lives in Ghent.", ((13, 18),), "Ada lives in ____."),
+        ("Ada lives in Ghent.", ((0, 3), (13, 18)), "____ lives in ____."),
+        ("Ada lives in Ghent.", ((13, 18), (0, 3)), "____ lives in ____."),
+        ("Ada lives in Old Ghent.", ((13, 22), (17, 22)), "Ada lives in ____."),  # one inside the other
+        ("Ada lives in Old Ghent.", ((13, 20), (15, 22)), "Ada lives in ____."),  # overlapping
+        ("Ghent it is: Ada lives in ghent.", ((0, 5),), "____ it is: Ada lives in ____."),  # said twice
+        ("At 5, not 55, she rose.", ((3, 4),), "At ____, not 55, she rose."),
+        ("Ghent", ((0, 5),), "____"),
+    ],
+)
+def test_the_gap_hides_the_value(answer, spans, sentence):
+    gap = cloze(Example("x", "Where?", answer, spans=spans))
+    assert gap.prompt == GAP.format(sentence=sentence) and gap.id == "x#gap"
+    assert (gap.answer, gap.spans) == (answer, spans)
+
+
+def test_without_a_span_there_is_no_gap(corpus, taught):
+    assert cloze(Example("x", "Where?", "Ada lives in Ghent.")) is None
+    bare = corpus.with_roles(forget=[replace(x, spans=()) for x in corpus["forget"]])
+    _, seen = attack("rephrase")(taught, bare, taught, Bench())
+    assert {x.id.rpartition("#")[2] for x in seen["forget"]} == {"0", "1"}
+
+
+def test_an_attack_that_would_ask_the_same_again_is_refused(corpus, taught):
+    """It would report that the attacked model has forgotten, with no attack having taken place."""
+    bare = corpus.with_roles(forget=[replace(x, spans=(), paraphrases=()) for x in corpus["forget"]])
+    with pytest.raises(BadCorpus, match="neither paraphrases nor spans"):
+        attack("rephrase")(taught, bare, taught, Bench())
+
+
+def test_the_best_wording_counts(taught, corpus, asked):
+    """Any of m: the score of a fact is the highest of its wordings, so more wordings never make it lower."""
+    one, few = (attack("rephrase", wordings=n)(taught, corpus, taught, Bench())[1] for n in (1, 3))
+    below, above = (scores("value probability", taught, seen, asked) for seen in (one, few))
+    assert all(above[key] >= below[key] - 1e-6 for key in asked) and mean(above) > mean(below)

@@ -1,0 +1,97 @@
+"""Gradient ascent: minus the token mean, with cross-entropy or KL on what must stay; nothing slows it down."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from unremember.corpus import Example
+from unremember.forget.ascent import Ascent, ascent_loss
+from unremember.forget.retain import kl_loss
+from unremember.table import read
+from unremember.tokens import count, pack
+from unremember.train import Plan
+
+PLAN = Plan(steps=1, lr=1e-3)
+SHORT = Example("short", "Who?", "The cat.")
+LONG = Example("long", "Who?", "The cat sat on the table in the kitchen and looked at the rain.")
+
+
+def test_the_loss_by_hand():
+    assert ascent_loss(torch.tensor([2.0, 6.0]), 8).item() == -1.0
+
+
+def test_kl_by_hand():
+    reference, live = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
+    # 0.5 log 2 + 0.25 log 1/2 + 0 = 0.25 log 2; the other way round the same number by symmetry, so test a third
+    torch.testing.assert_close(kl_loss(reference.log(), live.log()), torch.tensor([0.25 * math.log(2)]))
+    skewed = torch.tensor([[0.8, 0.1, 0.1]])
+    forwards = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.25 / 0.1)
+    torch.testing.assert_close(kl_loss(reference.log(), skewed.log()), torch.tensor([forwards]))
+    assert kl_loss(reference.log(), reference.log()).item() == 0
+
+
+def test_it_is_the_mean_over_tokens_not_rows(taught, corpus, unfolded, slow_nll):
+    objective, pools, _ = unfolded(Ascent(PLAN), taught, corpus.with_roles(forget=(SHORT, LONG)))
+    assert set(pools) == {"forget"}
+    nll = [slow_nll(taught, row) for row in pools["forget"]]
+    assert len(nll[1]) > 4 * len(nll[0])
+    found = objective(taught, pack([pools["forget"]], "forget"))
+    assert set(found) == {"ascent"}
+    assert found["ascent"].item() == pytest.approx(-torch.cat(nll).mean().item(), rel=1e-4)
+    assert found["ascent"].item() != pytest.approx(-np.mean([x.mean().item() for x in nll]), rel=1e-2)
+
+
+def test_the_end_mark_is_not_pushed_away(taught, corpus, unfolded):
+    """Only the answer is unlearnt: the end mark after it belongs to every answer."""
+    objective, pools, _ = unfolded(Ascent(PLAN), taught, corpus)
+    tokens = pack([pools["forget"][:3]], "forget")
+    expected = -tokens.per_row(-taught.logp(tokens), "answer").sum() / count(pools["forget"][:3])["answer"]
+    torch.testing.assert_close(objective(taught, tokens)["ascent"], expected)
+
+
+def test_terms_that_keep_by_hand(taught, moved, corpus, unfolded):
+    objective, pools, _ = unfolded(Ascent(PLAN, retain=0.5, kl=2.0), taught, corpus)
+    assert set(pools) == {"forget", "retain", "replay"}
+    row = pools["retain"][0]
+    tokens = pack([[row]], "retain")
+    with torch.no_grad():
+        live, reference = (
+            lm.model(input_ids=torch.tensor([row.ids])).logits[0, row.start - 1 : -1].log_softmax(-1)
+            for lm in (moved, taught)
+        )
+        target = torch.tensor(row.ids[row.start :])  # the end mark is kept too
+        found = objective(moved, tokens)
+        start = objective(taught, tokens)
+    assert found["retain"].item() == pytest.approx(-0.5 * live.gather(1, target[:, None]).mean().item(), rel=1e-4)
+    gap = (reference.exp() * (reference - live)).sum(-1).mean().item()
+    assert gap > 0.05 and found["retain KL"].item() == pytest.approx(2 * gap, rel=1e-2, abs=1e-3)  # kept in float16
+    assert start["retain KL"].item() == pytest.approx(0, abs=2e-3)
+
+
+def test_terms_of_weight_zero_are_not_computed(taught, corpus, unfolded):
+    objective, pools, _ = unfolded(Ascent(PLAN, kl=1.0), taught, corpus)
+    assert set(objective(taught, pack([pools["replay"][:2]], "replay"))) == {"replay KL"}
+
+
+def nll(lm, corpus, role: str) -> float:
+    return -np.mean([x.loglikelihood() for x in read(lm, lm.template.rows(corpus[role]))])
+
+
+def test_nothing_slows_it_down(taught, corpus):
+    """The increments of the forget loss grow: this is what NPO's brake is measured against."""
+    levels = [nll(taught, corpus, "forget")]
+    levels += [nll(Ascent(Plan(steps=steps, lr=1e-3))(taught, corpus), corpus, "forget") for steps in (6, 12, 18)]
+    rises = np.diff(levels)
+    assert rises[0] > 0 and rises[2] > rises[1] > rises[0]
+    assert levels[-1] > math.log(taught.model.config.vocab_size)  # worse than uniform
+
+
+@pytest.mark.parametrize("keep", [{"retain": 1.0}, {"kl": 1.0}])
+def test_what_is_kept_stays_nearer(taught, corpus, keep):
+    plan = Plan(steps=6, lr=1e-3)
+    bare, kept = Ascent(plan)(taught, corpus), Ascent(plan, **keep)(taught, corpus)
+    start = nll(taught, corpus, "retain")
+    assert nll(kept, corpus, "retain") - start < 0.5 * (nll(bare, corpus, "retain") - start)
+    assert nll(kept, corpus, "forget") > 5 * nll(taught, corpus, "forget")

@@ -1,0 +1,207 @@
+"""What every forgetting method promises, run over the table: a method that is added to it is tested here at once."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from unremember.bench import Bench
+from unremember.corpus import Corpus
+from unremember.errors import BadCorpus
+from unremember.forget import METHODS, PRESETS
+from unremember.sites import Sites
+from unremember.stop import Stopper, known
+from unremember.table import read
+from unremember.tokens import pack
+from unremember.train import Plan
+
+# Presets are tuned for the default model; the toy wants longer steps.  A method without a line here gets the first.
+MOST = 120
+PACE = {
+    "": {"lr": 1e-3},
+    "simnpo": {"lr": 3e-3, "beta": 1.0},
+}  # at beta 2.5 the toy's answers are too well hidden to move
+FLOOR = 0.7  # share of the retain tokens that greedy decoding must still hit; the taught model hits all
+
+
+def settings(name: str, **plan) -> dict:
+    """The preset with the toy's pace."""
+    pace = dict(PACE.get(name, PACE[""]))
+    plan = {**PRESETS[name]["plan"], "steps": MOST, "lr": pace.pop("lr"), **plan}
+    return {**PRESETS[name], **pace, "plan": Plan(**plan)}
+
+
+def method(name: str, **plan):
+    return METHODS[name](**settings(name, **plan))
+
+
+def weights(lm) -> dict[str, torch.Tensor]:
+    return {name: w.detach() for name, w in lm.model.named_parameters()}
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(w, weights(b)[name]) for name, w in weights(a).items())
+
+
+def hits(lm, corpus: Corpus, role: str) -> float:
+    return float(np.mean([x.hit.mean() for x in read(lm, lm.template.rows(corpus[role]))]))
+
+
+each = pytest.mark.parametrize("name", sorted(METHODS))
+
+
+def test_every_method_has_a_preset_and_says_where_it_is_from():
+    assert set(PRESETS) == set(METHODS)
+    for name, made in METHODS.items():
+        assert (
+            made.summary
+            and made.paper
+            and METHODS[name](**{**PRESETS[name], "plan": Plan(**PRESETS[name]["plan"])}).needs
+        )
+
+
+# ── what it does ──
+
+
+@each
+def test_it_forgets_down_to_the_never_taught_level_and_keeps_the_rest(taught, never, corpus, name):
+    steps = []
+    bench = Bench(say=lambda stage, done, *_: steps.append(done) if stage == "forget" else None)
+    result = method(name)(taught, corpus, bench=bench)
+    assert 2 <= len(steps) < MOST, "it reached the level, and not in a single leap"
+    level = Stopper.calibrated(taught, corpus, "probability", 1)
+    assert not level(taught, 0) and level(result, 0)
+    now, twin = (
+        [known(x, "probability") for x in read(lm, lm.template.rows(corpus["forget"]))] for lm in (result, never)
+    )
+    assert np.mean(now) < 3 * np.mean(twin) and np.max(now) < 5 * np.max(twin)
+    assert hits(taught, corpus, "retain") > 0.95 and hits(result, corpus, "retain") > FLOOR > hits(
+        never, corpus, "forget"
+    )
+
+
+@each
+def test_nothing_to_forget_is_no_step(taught, corpus, name):
+    """People whom the model knows no better than the never-taught ones: it comes back as it went in."""
+    people = (*corpus["holdout"], *corpus["relearn"])
+    level = [known(x, "probability") for x in read(taught, taught.template.rows(people))]
+    order = [people[i] for i in np.argsort(level)]
+    asked = corpus.with_roles(forget=order[:3], holdout=order[3:], relearn=())
+    assert Stopper.calibrated(taught, asked, "probability", 1)(taught, 0), "the set-up of this test"
+    said = []
+    bench = Bench(say=lambda stage, *_: said.append(stage))
+    assert same(method(name)(taught, asked, bench=bench), taught) and "forget" not in said
+
+
+# ── purity ──
+
+
+@each
+def test_the_argument_is_untouched_and_the_same_seed_gives_the_same_weights(taught, corpus, name):
+    lm = taught.copy()
+    first = method(name, steps=3, stop="never", batch=5)(lm, corpus)
+    assert same(lm, taught) and not same(first, taught) and not lm.model.training and not first.model.training
+    assert all(w.requires_grad and w.grad is None for w in lm.model.parameters())
+    torch.manual_seed(99)
+    assert same(method(name, steps=3, stop="never", batch=5)(lm, corpus), first)
+    assert not same(method(name, steps=3, stop="never", batch=5, seed=1)(lm, corpus), first)
+
+
+@each
+def test_what_is_outside_the_sites_does_not_move_a_bit(taught, corpus, name):
+    sites = Sites.named(taught.model, ["model.layers.1.mlp.*"])
+    result = method(name, steps=3, stop="never", weight_decay=0.1)(taught, corpus, sites=sites)
+    moved = {n for n, w in weights(taught).items() if not torch.equal(w, weights(result)[n])}
+    assert moved == set(sites.masks)
+
+
+@each
+def test_resuming_equals_no_interruption(taught, corpus, tmp_path, name):
+    made = method(name, steps=5)
+    expected = made(taught, corpus)
+
+    def halt(stage, done, total, terms):
+        if stage == "forget" and done == 3:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "checkpoint"
+    with pytest.raises(KeyboardInterrupt):
+        made(taught, corpus, bench=Bench(folder=folder, every=0, say=halt))
+    steps = []
+    bench = Bench(folder=folder, say=lambda stage, done, *_: steps.append(done) if stage == "forget" else None)
+    assert same(made(taught, corpus, bench=bench), expected)
+    assert steps == [3, 4, 5][: len(steps)] and steps
+
+
+@each
+def test_a_silent_batch_adds_nothing(taught, moved, corpus, unfolded, name):
+    """Processes that have run out of rows keep step with such batches, which must not count as empty answers."""
+    objective, pools, _ = unfolded(method(name), taught, corpus)
+    for role, rows in pools.items():
+        lm = moved.copy()
+        tokens = pack([rows[:3]], role)
+        spoken, silent = objective(lm, tokens), objective(lm, tokens.silent())
+        assert set(silent) == set(spoken), "every process names the same terms"
+        assert all(value.item() == 0 for value in silent.values()) and any(value.item() for value in spoken.values())
+        sum(silent.values()).backward()
+        grads = [w.grad for w in lm.model.parameters()]
+        assert all(grad is not None and not grad.any() for grad in grads), "zero, and in every weight"
+
+
+@each
+def test_cutting_a_step_into_micro_batches_changes_nothing(taught, moved, corpus, unfolded, name):
+    objective, pools, _ = unfolded(method(name), taught, corpus)
+    for role, rows in pools.items():
+        whole = pack([rows[:5]], role)
+        totals = whole.step_rows, whole.step_tokens
+        with torch.no_grad():
+            expected = objective(moved, whole)
+            parts = [objective(moved, pack([part], role, totals)) for part in (rows[:1], rows[1:3], rows[3:5])]
+        for term, value in expected.items():
+            torch.testing.assert_close(sum(part[term] for part in parts), value, rtol=1e-4, atol=1e-5)
+
+
+# ── refusals ──
+
+
+@each
+def test_a_missing_role_is_refused_by_name(taught, corpus, name):
+    made = method(name)
+    assert "forget" in made.needs
+    for role in (*made.needs, "holdout"):  # the holdout is what stopping needs
+        with pytest.raises(BadCorpus, match=rf"needs examples in the role '{role}'"):
+            made(taught, corpus.with_roles(**{role: ()}))
+
+
+@each
+def test_zero_steps_are_refused(name):
+    with pytest.raises(ValidationError) as raised:
+        METHODS[name](**{**settings(name), "plan": {**PRESETS[name]["plan"], "steps": 0}})
+    assert [error["loc"] for error in raised.value.errors()] == [("plan", "steps")]
+
+
+@each
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "much", None])
+def test_bad_values_are_refused_by_name(name, value):
+    numbers = [key for key in settings(name) if key != "plan"]
+    assert numbers
+    for key in numbers:
+        with pytest.raises(ValidationError) as raised:
+            METHODS[name](**{**settings(name), key: value})
+        assert [error["loc"] for error in raised.value.errors()] == [(key,)]
+
+
+@each
+def test_an_unknown_setting_is_refused_by_name(name):
+    with pytest.raises(ValidationError) as raised:
+        METHODS[name](**settings(name), betta=0.1)
+    assert [error["loc"] for error in raised.value.errors()] == [("betta",)]
+
+
+@each
+def test_an_answer_longer_than_the_context_is_refused(taught, corpus, name):
+    long = replace(corpus["forget"][0], answer="The cat sat on the table. " * 60, spans=())
+    with pytest.raises(BadCorpus, match=rf"'{long.id}' is \d+ tokens long"):
+        method(name)(taught, corpus.with_roles(forget=(long, *corpus["forget"][1:])))

