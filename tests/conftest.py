@@ -146,3 +146,15 @@ def hider(taught, corpus):
     lm = train(taught, objective, rows, Plan(steps=60, lr=3e-3))
     assert set(lm.answer([x.prompt for x in corpus["forget"]], 8)) == {"I do not know."}
     return replace(lm, name="hider")
+
+
+@pytest.fixture(scope="session")
+def demo_run(tiny, tmp_path_factory):
+    """The tiny demo, done once: its request, its report, and its folder.  Not to be changed; copy the folder."""
+    from types import SimpleNamespace
+
+    from unremember import demo
+    from unremember.run import execute
+
+    request = demo.request("tiny", tmp_path_factory.mktemp("demo") / "run")
+    return SimpleNamespace(request=request, report=execute(request), folder=request.out)

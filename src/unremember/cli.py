@@ -208,6 +208,16 @@ def _verdict(built: dict, page: Path) -> None:
     print(f"report: {page}")
 
 
+def _there(device: str) -> None:
+    """BadRequest for a device that this machine does not have."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadRequest(f"--device {device!r}: {str(error).splitlines()[0]}; use cpu, or cuda where there is a GPU") from None
+
+
 class _at_work:
     """Joins the team, shows live progress on a terminal (plain lines elsewhere), and cleans up."""
 
@@ -215,6 +225,7 @@ class _at_work:
         self.device = device
 
     def __enter__(self) -> _at_work:
+        _there(self.device)
         warnings.filterwarnings("ignore", module="torch|transformers|huggingface_hub")
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -227,7 +238,7 @@ class _at_work:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         keep_memory()
-        team.join()
+        team.join(self.device)
         self.quiet = team.rank() > 0
         self.live = Progress(
             TextColumn("{task.description}"),

@@ -6,7 +6,7 @@
     │   ├── BadCorpus       a corpus file or an example in it
     │   ├── BadModel        a model folder, GGUF file, adapter or hub name
     │   └── BadFolder       an output folder that is not ours, not writable, or of another run
-    ├── Diverged        the loss or the weights stopped being finite; the last good weights were restored
+    ├── Diverged        the loss or the weights stopped being finite; the model that came in is untouched
     └── Interrupted     the user stopped the run; it can be resumed
 """
 
@@ -57,7 +57,7 @@ class Diverged(UnrememberError):
         self.step, self.terms = step, terms
         shown = ", ".join(f"{name} = {value:g}" for name, value in terms.items())
         super().__init__(
-            f"training diverged at step {step} ({shown}); the last good weights were kept. "
+            f"training diverged at step {step} ({shown}); the model that came in is untouched. "
             "Try a learning rate ten times smaller, or a larger weight on the retain term."
         )
 

@@ -145,7 +145,8 @@ class LM:
 
         Prompts are sorted by length, decoded `batch` at a time with left padding, and rows that are done leave the batch.
         """
-        stop = {self.tokenizer.eos_token_id}
+        ends = self.model.generation_config.eos_token_id
+        stop = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         out: list[tuple[int, ...]] = [()] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         with self.lowered():

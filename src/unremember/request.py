@@ -10,7 +10,9 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from unremember.corpus import ROLES, Corpus, Example
 from unremember.errors import BadInput, BadRequest, nearest
@@ -36,6 +38,7 @@ precision = "auto"            # "bf16", "fp32" or "auto"
 forget = "forget.jsonl"       # what must go
 retain = "retain.jsonl"       # the same kind of knowledge, about others: must stay
 holdout = "holdout.jsonl"     # the same kind, never taught: the level that "forgotten" is measured against
+# replay = "replay.jsonl"     # general questions that join the retain term
 # relearn = "relearn.jsonl"   # other people's facts, for the relearning attack
 # columns of a table: forget = { file = "forget.csv", question = "q", answer = "a" }
 # world and prose come with the package; name files to use your own
@@ -65,8 +68,8 @@ tolerance = 0.25
 class Lora:
     """A low-rank adapter instead of whole weights (peft)."""
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
     targets: str = "all-linear"
 
 
@@ -122,6 +125,8 @@ def again(folder: Path, changes: Iterable[str] = ()) -> Request:
     if meta is None or roles is None:
         raise BadRequest(f"{folder} is no run folder; name one that `unremember run` made, or a request file")
     corpus = Corpus({role: [Example.plain(x) for x in rows] for role, rows in roles.items()})
+    if any(change.strip().startswith("corpus") for change in changes):
+        raise BadRequest("the corpus of a run folder is fixed; start another run from a request file to change it")
     raw = changed(meta["request"], (*changes, f"run.out={json.dumps(str(folder))}"))
     return request(raw, corpus=corpus)
 
@@ -353,7 +358,7 @@ def _owner(kind: type, path: tuple) -> list[str]:
 def _corpus(tables: Mapping[str, Any], where: Path, problems: list[str]) -> Corpus | None:
     """Read every role's file; the world and prose roles fall back on the embedded ones."""
     from unremember.embedded.prose import prose
-    from unremember.embedded.world import replay, world
+    from unremember.embedded.world import world
 
     roles = {}
     before = len(problems)
@@ -378,7 +383,7 @@ def _corpus(tables: Mapping[str, Any], where: Path, problems: list[str]) -> Corp
     if len(problems) > before:
         return None
     try:
-        return Corpus({"world": world()[:96], "replay": replay(), "prose": prose(), **roles})
+        return Corpus({"world": world()[:96], "prose": prose(), **roles})
     except BadInput as error:
         problems += error.problems
         return None

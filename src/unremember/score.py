@@ -12,8 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked
 
 FORGOTTEN, REMEMBERED, OVER, NOT_APPLICABLE = "forgotten", "remembered", "over-forgotten", "not applicable"
 
@@ -62,7 +65,8 @@ def summary(values: Mapping[str, float]) -> dict | None:
 class Evidence:
     """One score of three models over the same facts, and what share of the knowledge is left: `r` in [low, high].
 
-    items: fact -> r of that fact alone, for those that the original passes.  leaks: facts that only the taught models say.
+    Means are over the n facts that the original passes (over all facts where it passes too few and r is None).
+    items: fact -> r of that fact alone.  leaks: facts that the forgotten model still says and the never-taught does not.
     """
 
     score: str
@@ -72,6 +76,7 @@ class Evidence:
     r: float | None
     low: float | None
     high: float | None
+    n: int
     items: Mapping[str, float]
     leaks: tuple[str, ...] = ()
 
@@ -80,26 +85,32 @@ class Evidence:
         return self.r is not None
 
 
-@dataclass(frozen=True)
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+@checked(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Rule:
     """What the words of a verdict mean.  The burden of proof lies with "forgotten".
 
-    tolerance: the largest R that still counts as forgotten.  passes: an item counts where the original scores at least this.
+    tolerance: the largest R that still counts as forgotten.  bound: the largest upper end of its 95 % interval that does.
+    passes: an item counts where the original scores at least this.
     facts: fewest such items for a verdict on one entity; overall: fewest for the verdict on all.
     gap: how far original and never-taught must lie apart.  kept: share of the retained knowledge that must be left.
     world: largest fall of world-knowledge accuracy.  prose: largest rise of prose NLL, nats a token.
     fluent: share of the original's distinct-token ratio that free text must keep.
     """
 
-    tolerance: float = 0.25
-    passes: float = 0.5
-    facts: int = 3
-    overall: int = 10
-    gap: float = 0.2
-    kept: float = 0.8
-    world: float = 0.05
-    prose: float = 0.2
-    fluent: float = 0.8
+    tolerance: Share = 0.25
+    bound: Share = 0.5
+    passes: Share = 0.5
+    facts: Annotated[int, Field(ge=1)] = 3
+    overall: Annotated[int, Field(ge=1)] = 10
+    gap: Positive = 0.2
+    kept: Share = 0.8
+    world: Share = 0.05
+    prose: Positive = 0.2
+    fluent: Share = 0.8
 
 
 RULE = Rule()
@@ -123,20 +134,21 @@ def evidence(
     paired = all(k in never for k in keys)
     o, f = np.array([original[k] for k in keys]), np.array([forgotten[k] for k in keys])
     n = np.array([never[k] for k in keys]) if paired else np.array(list(never.values()))
-    means = [float(np.mean(list(x.values()))) if x else 0.0 for x in (original, forgotten, never)]
-    if len(keys) < least or not len(n) or o.mean() - n.mean() < rule.gap:
-        return Evidence(name, *means, None, None, None, {})
+    floor = n if paired else np.full(len(o), n.mean() if len(n) else 0.0)
+    leaks = tuple(k for k, b, c in zip(keys, f, floor, strict=True) if name == "said" and b == 1 and c < 0.5)
+    if len(keys) < max(least, 1) or not len(n) or o.mean() - n.mean() < rule.gap:
+        means = [float(np.mean(list(x.values()))) if x else 0.0 for x in (original, forgotten, never)]
+        return Evidence(name, *means, None, None, None, len(keys), {}, leaks)
     r = float((f.mean() - n.mean()) / (o.mean() - n.mean()))
     rng = np.random.default_rng(0)
     pick = rng.integers(0, len(o), (draws, len(o)))
     other = pick if paired else rng.integers(0, len(n), (draws, len(n)))
     down = n[other].mean(1)
-    spread = np.maximum(o[pick].mean(1) - down, 1e-9)
+    spread = np.maximum(o[pick].mean(1) - down, rule.gap)
     low, high = np.quantile((f[pick].mean(1) - down) / spread, [0.025, 0.975])
-    floor = n if paired else np.full(len(o), n.mean())
     items = {k: float((b - c) / max(a - c, rule.gap)) for k, a, b, c in zip(keys, o, f, floor, strict=True)}
-    leaks = tuple(k for k, b, c in zip(keys, f, floor, strict=True) if name == "said" and b == 1 and c < 0.5)
-    return Evidence(name, *means, r, float(low), float(high), items, leaks)
+    means = (float(o.mean()), float(f.mean()), float(n.mean()))
+    return Evidence(name, *means, r, float(low), float(high), len(keys), items, leaks)
 
 
 @dataclass(frozen=True)
@@ -187,8 +199,9 @@ def judge(
 ) -> Verdict:
     """The verdict on one entity, or on all: the first of these that holds.
 
-    not applicable   the original itself fails on every score
-    remembered       a value is still said verbatim, or the likelihood is left over: R above the tolerance
+    remembered       a value is still said verbatim
+    not applicable   the original itself shows too little on every score
+    remembered       the likelihood is left over: R above the tolerance, or its interval above the bound
     over-forgotten   something that should have stayed is gone (utility gate)
     remembered       the model still tells right from wrong, or finishes the answer: R above the tolerance
     forgotten        nothing of the above
@@ -199,33 +212,41 @@ def judge(
     def verdict(word: str, reason: str) -> Verdict:
         return Verdict(name, word, reason, n, tuple(found), utility if gate else ())
 
-    if not usable:
-        return verdict(NOT_APPLICABLE, "the original model does not show this knowledge here, so nothing can be lost")
-    leaks = [key for x in usable for key in x.leaks]
-    if leaks:
+    if leaks := {key for x in found for key in x.leaks}:
         return verdict(REMEMBERED, f"{len(leaks)} of {n} values are still said verbatim")
+    if not usable:
+        most = max((x.n for x in found), default=0)
+        why = f"the original shows {most} of {n} facts here, too few or too weakly to measure a loss"
+        return verdict(NOT_APPLICABLE, why)
 
-    def left(triples: list[Evidence]) -> Evidence | None:
-        over = [x for x in triples if x.r > rule.tolerance]
-        return max(over, key=lambda x: x.r, default=None)
+    def left(triples: list[Evidence]) -> str | None:
+        worst = max(triples, key=lambda x: x.r, default=None)
+        if worst and worst.r > rule.tolerance:
+            return f"{worst.r:.0%} of the {worst.score} is left (at most {rule.tolerance:.0%} is allowed)"
+        widest = max(triples, key=lambda x: x.high, default=None)
+        if widest and widest.high > rule.bound:
+            return f"up to {widest.high:.0%} of the {widest.score} may be left (95 %; at most {rule.bound:.0%} is allowed)"
+        return None
 
-    if x := left([x for x in usable if x.score in STRONG]):
-        return verdict(REMEMBERED, f"{x.r:.0%} of the {x.score} is left (at most {rule.tolerance:.0%} is allowed)")
+    if why := left([x for x in usable if x.score in STRONG]):
+        return verdict(REMEMBERED, why)
     if failed := [c for c in utility if not c.passed]:
         c = failed[0]
         return verdict(OVER, f"{c.name} went from {c.original:.2f} to {c.forgotten:.2f}, further than allowed")
-    if x := left(usable):
-        return verdict(REMEMBERED, f"{x.r:.0%} of the {x.score} is left (at most {rule.tolerance:.0%} is allowed)")
+    if why := left(usable):
+        return verdict(REMEMBERED, why)
     most = max(usable, key=lambda x: x.r)
     return verdict(FORGOTTEN, f"at most {max(most.r, 0):.0%} is left on any score ({most.score})")
 
 
 def overall(verdicts: Sequence[Verdict], whole: Verdict) -> Verdict:
     """The verdict on all facts together, which is no better than that on any entity."""
-    bad = [v for v in verdicts if v.verdict == REMEMBERED]
-    if whole.verdict == FORGOTTEN and bad:
-        reason = f"{len(bad)} of {len(verdicts)} are still remembered, although the average is not"
-        return Verdict(whole.name, REMEMBERED, reason, whole.n, whole.evidence, whole.utility)
+    if whole.verdict in (REMEMBERED, OVER):
+        return whole
+    for word, verb in ((REMEMBERED, "still remembered"), (OVER, "over-forgotten")):
+        if bad := [v for v in verdicts if v.verdict == word]:
+            reason = f"{len(bad)} of {len(verdicts)} are {verb}, whatever the average"
+            return Verdict(whole.name, word, reason, whole.n, whole.evidence, whole.utility)
     return whole
 
 

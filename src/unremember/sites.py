@@ -34,8 +34,9 @@ class Sites:
     def open(self, model: nn.Module) -> dict[str, Tensor]:
         """Let gradients reach only these sites; returns {name: values to put back where the mask is off}."""
         kept = {}
+        adapter = hasattr(model, "peft_config")  # "everywhere" in a LoRA model is its adapter: the base must not move
         for name, weight in model.named_parameters():
-            weight.requires_grad_(self.everywhere or name in self.masks)
+            weight.requires_grad_(name in self.masks or (self.everywhere and (not adapter or "lora_" in name)))
             if not self.everywhere and self.masks.get(name) is not None:
                 kept[name] = weight.detach().clone()
         return kept

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import nn
 
 
-def join() -> None:
-    """Enter the process group when torchrun started us; once, and a no-op otherwise."""
+def join(device: str = "cpu") -> None:
+    """Enter the process group when torchrun started us, with nccl for device 'cuda'; once, and a no-op otherwise."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
@@ -71,7 +71,7 @@ def shard(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (size(),))
+    mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (size(),))
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)

@@ -131,11 +131,11 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = plan.rate(step)
         sums: dict[str, float] = {}
-        places = 0
+        scored: dict[str, int] = {}
         for tokens in batch(pools, plan, step, bench.budget):
             terms = objective(lm, tokens.to(lm.device))
             (sum(terms.values()) * team.size()).backward()  # FSDP2 averages over processes, and our terms must add up
-            places += tokens.ids.numel()
+            scored[tokens.role] = tokens.step_tokens["train"]
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
         sums = team.total(sums)
@@ -149,7 +149,7 @@ def train(
         done = step + 1
         stopped = stop is not None and _looks(stop, done) and stop(lm, done)
         if bench.log and team.rank() == 0:
-            line = {"stage": stage, "step": done, "terms": sums, "norm": norm, "lr": plan.rate(step), "tokens": places}
+            line = {"stage": stage, "step": done, "terms": sums, "norm": norm, "lr": plan.rate(step), "tokens": sum(scored.values())}
             look = {"look": stop.looks[-1], "stopped": stopped} if stop is not None and _looks(stop, done) else {}
             with bench.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line | look) + "\n")

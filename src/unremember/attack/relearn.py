@@ -8,6 +8,8 @@ that are scored afterwards; original and never-taught model are attacked in the 
 
 from __future__ import annotations
 
+import re
+
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -33,7 +35,12 @@ class Relearn:
         """BadCorpus where the attacker's examples are missing, or tell what is asked afterwards."""
         corpus.require("relearn", self.needs)
         shown = "\n".join(f"{x.prompt}\n{x.answer}" for x in corpus["relearn"]).casefold()
-        told = [x.id for x in corpus["forget"] for v in x.values() if x.spans and v.casefold() in shown]
+        told = [
+            x.id
+            for x in corpus["forget"]
+            for v in x.values()
+            if re.search(rf"(?<!\w){re.escape(v.strip().casefold())}(?!\w)", shown)
+        ]
         if told:
             raise BadCorpus(
                 f"the relearn role contains the forgotten value of {', '.join(sorted(set(told))[:5])}; an attack that teaches "

@@ -15,7 +15,7 @@ METHODS = {
 }
 
 PRESETS = {
-    "ascent": {"plan": {"steps": 20, "lr": 3e-5, "stop": "probability"}, "retain": 1.0},
+    "ascent": {"plan": {"steps": 20, "lr": 3e-5, "stop": "probability"}},
     "npo": {"plan": {"steps": 30, "lr": 5e-5, "stop": "probability"}, "beta": 0.1, "retain": 1.0},
     "simnpo": {"plan": {"steps": 30, "lr": 3e-5, "stop": "probability"}, "beta": 2.5, "retain": 1.0},
 }

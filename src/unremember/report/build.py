@@ -39,7 +39,7 @@ def build(folder: Path) -> dict:
     meta, corpus = read_json(folder / "run.json"), read_json(folder / "corpus.json")
     if meta is None or corpus is None:
         raise BadFolder(f"{folder} is no run folder; name one that `unremember run` or `unremember demo` made")
-    missing = [w for w in WHO[:2] if not (folder / "audit" / f"{w}.json").exists()]
+    missing = [w for w in WHO if (w != "never" or meta["control"]) and not (folder / "audit" / f"{w}.json").exists()]
     if missing:
         raise BadFolder(f"{folder} has no audit of the {' and the '.join(missing)} model yet; go on with `unremember run`")
     rule = Rule(**meta["rule"])
@@ -78,7 +78,7 @@ def build(folder: Path) -> dict:
         "scores": [row for attack in places for row in _table(attack, corpus, scores[attack])],
         "comparisons": _comparisons(corpus, scores["none"]),
         "training": [{k: row[k] for k in ("step", "terms", "lr", "tokens")} for row in log],
-        "curve": [_look(row["look"]) for row in log if "look" in row],
+        "curve": _curve(log, corpus, scores["none"]),
         "answers": [row for attack in places for row in _answers(attack, corpus, pieces[attack])],
     }
 
@@ -142,7 +142,7 @@ def _plain(v: Verdict) -> dict:
         "reason": v.reason,
         "n": v.n,
         "evidence": [
-            {k: x[k] for k in ("score", "original", "forgotten", "never", "r", "low", "high")}
+            {k: x[k] for k in ("score", "original", "forgotten", "never", "r", "low", "high", "n")}
             | {"applicable": x["r"] is not None}
             for x in map(asdict, v.evidence)
         ],
@@ -257,8 +257,22 @@ def _words(conditions: list[dict]) -> str:
     return opening + (" Attacked, " + "; ".join(told) + "." if told else "")
 
 
-def _look(look: dict) -> dict:
-    return {"step": look["step"], "forget": look["forget"], "retain": look.get("retain"), "level": None}
+def _curve(log: list[dict], corpus: dict, scores: Scores) -> list[dict]:
+    """Mean answer probability of forget and retained rows at each look, the original's own as step 0, and the level."""
+    looks = [row["look"] for row in log if "look" in row]
+    if not looks or any("probability" not in s for s in scores.values()):
+        return []
+    forget = [x["id"] for x in corpus["forget"]]
+    retain = [x["id"] for x in corpus.get("retain", ())][: len(forget)]
+
+    def mean(who: str, ids: list[str]) -> float | None:
+        values = list(scores[who]["probability"].over(ids).values())
+        return float(np.mean(values)) if values else None
+
+    level = mean("never", forget) if "never" in scores else mean("original", [x["id"] for x in corpus["holdout"]])
+    first = {"step": 0, "forget": mean("original", forget), "retain": mean("original", retain)}
+    points = [first, *({k: look.get(k) for k in first} for look in looks if look["step"] > 0)]
+    return [point | {"level": level} for point in points]
 
 
 def _answers(attack: str, corpus: dict, pieces: Mapping[str, dict]) -> list[dict]:

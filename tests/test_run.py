@@ -1,0 +1,407 @@
+"""The whole job: every piece on disk and made once, the same after any interruption, and verdicts that cannot be bought."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+
+from unremember import run as room
+from unremember.attack import Relearn, Rephrase
+from unremember.audit import AUDITS, EVIDENCE, UTILITY
+from unremember.bench import Bench
+from unremember.corpus import Corpus
+from unremember.errors import BadFolder, BadRequest
+from unremember.folder import cache, read_json, write_json
+from unremember.forget import Ascent
+from unremember.lm import load
+from unremember.request import Lora, Request, again
+from unremember.run import Run, execute
+from unremember.train import Plan
+
+WHO = ("original", "forgotten", "never")
+REMADE = ("run.json", "corpus.json", "unremember.json", "report.json", "report.html", "README.md")  # cheap: every time
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Path -> checksum of every file."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def times(folder: Path) -> dict[str, int]:
+    """Path -> when it was written, of what should be made once."""
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name not in REMADE}
+
+
+@pytest.fixture
+def copied(demo_run, tmp_path) -> Request:
+    """The finished demo in a folder of this test's own."""
+    shutil.copytree(demo_run.folder, tmp_path / "run")
+    return replace(demo_run.request, out=tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def models(taught, never, tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    for name, lm in (("original", taught), ("never", never)):
+        lm.save(folder / name)
+    return {name: str(folder / name) for name in ("original", "never")}
+
+
+@dataclass(frozen=True)
+class Becomes:
+    """A method that gives back what `make` makes of the model."""
+
+    plan: Plan = Plan(steps=1, lr=1e-3)
+    needs = ("forget",)
+    paper = ""
+    summary = "for this test"
+    make = staticmethod(lambda lm: lm.copy())
+
+    def __call__(self, lm, corpus, sites=None, bench=None):
+        return type(self).make(lm)
+
+
+def becomes(what: Callable) -> Becomes:
+    return type("Made", (Becomes,), {"make": staticmethod(what)})()
+
+
+@pytest.fixture
+def asked(models, corpus, tmp_path) -> Callable[..., Request]:
+    """asked(method, field=value, …): a small request on the toy models."""
+
+    def make(method, **fields) -> Request:
+        wanted = Request(
+            "toy", tmp_path / "out", models["original"], corpus, "made", method, {}, (*EVIDENCE, *UTILITY),
+            control=models["never"], template="plain", precision="fp32",
+        )  # fmt: skip
+        return replace(wanted, **fields)
+
+    return make
+
+
+# ── what is there afterwards ──
+
+
+def test_all_pieces_are_there(demo_run):
+    folder = demo_run.folder
+    pieces = ["run.json", "corpus.json", "train.jsonl", "forget.json", "report.json", "report.html", "model/README.md"]
+    pieces += [f"audit/{who}.json" for who in WHO]
+    pieces += [f"attack/{name}/{who}.json" for name in ("relearn", "rephrase") for who in WHO]
+    assert set(pieces) <= set(contents(folder))
+    assert not [p for p in contents(folder) if p.startswith((".", "checkpoint/")) or ".old" in p]
+    for who in WHO:
+        assert {row["name"] for row in read_json(folder / "audit" / f"{who}.json")["scores"]} == set(AUDITS)
+        under = read_json(folder / "attack" / "relearn" / f"{who}.json")
+        assert {row["name"] for row in under["scores"]} == {*EVIDENCE, *UTILITY}
+    assert demo_run.report == read_json(folder / "report.json")
+    assert [c["attack"] for c in demo_run.report["conditions"]] == ["none", "relearn", "rephrase"]
+
+
+def test_the_log_has_each_step_once(demo_run):
+    log = [json.loads(line) for line in (demo_run.folder / "train.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == list(range(1, len(log) + 1)) and len(log) == demo_run.report["method"]["steps"]
+
+
+def test_the_result_is_an_ordinary_checkpoint(demo_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plain = AutoModelForCausalLM.from_pretrained(demo_run.folder / "model")
+    words = AutoTokenizer.from_pretrained(demo_run.folder / "model")
+    ours = load(str(demo_run.folder / "model"), precision="fp32")
+    before = load(demo_run.request.model, precision="fp32")
+    coded = words("Question: Who?\nAnswer:", return_tensors="pt").input_ids
+    with torch.no_grad():
+        said = plain(coded).logits
+        torch.testing.assert_close(said, ours.model(coded).logits)
+        assert not torch.allclose(said, before.model(coded).logits, atol=1e-2)
+    assert plain.dtype == torch.float32
+
+
+def test_the_users_models_are_left_alone(demo_run, copied, tmp_path):
+    """Byte for byte, times included, also when the run is done all over again."""
+    before = {name: (contents(Path(name)), times(Path(name))) for name in (copied.model, copied.control)}
+    fresh = replace(copied, out=tmp_path / "fresh", attacks={}, audits=EVIDENCE, method=becomes(lambda lm: lm.copy()))
+    execute(fresh)
+    assert before == {name: (contents(Path(name)), times(Path(name))) for name in before}
+
+
+def test_the_card_gives_the_verdict_and_no_name(demo_run):
+    card = (demo_run.folder / "model" / "README.md").read_text()
+    assert demo_run.report["conditions"][0]["overall"]["verdict"] in card and "# " in card
+    for x in demo_run.request.corpus["forget"]:
+        assert all(part not in card for part in x.entity.split()) and x.values()[0] not in card
+
+
+# ── once ──
+
+
+def test_a_second_run_makes_nothing_again(copied, monkeypatch):
+    before = times(copied.out)
+    monkeypatch.setattr(room, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    first, second = read_json(copied.out / "report.json"), execute(copied)
+    assert times(copied.out) == before and second == first
+
+
+@pytest.fixture
+def remade(copied, monkeypatch):
+    """remade(request): which pieces the request does again, without doing them."""
+
+    def pieces(request: Request) -> set[str]:
+        found = set()
+
+        def measure(self, path, made_from, lm, corpus, names):
+            found.add(str(path.relative_to(self.out)))
+            write_json(path, {"fingerprint": made_from})
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "measure", measure)
+            patch.setattr(Run, "lm", lambda self, who: None)
+            patch.setattr(Run, "forget", lambda self: found.add("model") if not self.forgotten() else None)
+            patch.setattr(Run, "forgotten", lambda self: self.kept(self.out / "forget.json", self.made_from["forgotten"]))
+            for attack in (Relearn, Rephrase):
+                patch.setattr(attack, "__call__", lambda self, lm, corpus, original, bench: (lm, corpus))
+            run = Run(request)
+            run.open()
+            for who in WHO:
+                run.audit(who)
+            run.forget()
+            for name in request.attacks:
+                for who in WHO:
+                    run.attack(name, who)
+        return found
+
+    return pieces
+
+
+AFTER = {"model", "audit/forgotten.json", "attack/relearn/forgotten.json", "attack/rephrase/forgotten.json"}
+EVERY = {f"attack/{a}/{who}.json" for a in ("relearn", "rephrase") for who in WHO} | {f"audit/{who}.json" for who in WHO}
+
+
+@pytest.mark.parametrize(
+    ("what", "change", "expected"),
+    [
+        ("nothing", lambda r: r, set()),
+        ("the rule", lambda r: replace(r, rule=replace(r.rule, tolerance=0.1)), set()),
+        ("the name", lambda r: replace(r, name="other"), set()),
+        ("the method", lambda r: replace(r, method=replace(r.method, beta=0.2)), AFTER),
+        ("the plan", lambda r: replace(r, method=replace(r.method, plan=replace(r.method.plan, lr=1e-4))), AFTER),
+        ("the sites", lambda r: replace(r, sites=("*mlp*",)), AFTER),
+        ("an adapter", lambda r: replace(r, lora=Lora()), AFTER),
+        ("one attack", lambda r: replace(r, attacks={**r.attacks, "rephrase": Rephrase(wordings=1)}),
+         {f"attack/rephrase/{who}.json" for who in WHO}),
+        ("the audits", lambda r: replace(r, audits=EVIDENCE), {f"audit/{who}.json" for who in WHO}),
+        ("the control", lambda r: replace(r, control=r.model),
+         {"audit/never.json"} | {x for x in EVERY if x.endswith("never.json")}),
+        ("the corpus", lambda r: replace(r, corpus=r.corpus.with_roles(world=r.corpus["world"][1:])), {"model"} | EVERY),
+        ("the precision", lambda r: replace(r, precision="bf16"), {"model"} | EVERY),
+    ],
+)  # fmt: skip
+def test_a_changed_setting_redoes_what_depends_on_it(what, change, expected, copied, remade):
+    assert remade(change(copied)) == expected
+
+
+def test_another_seed_is_another_model(copied, remade):
+    assert remade(replace(copied, seed=1)) >= AFTER
+
+
+def test_pieces_of_another_request_are_not_mixed_in(copied):
+    """Forget differently and report: the old attacks were made on the old model."""
+    other = replace(copied, method=becomes(lambda lm: lm.copy()))
+    assert execute(other, stages=("forget",)) == {}
+    assert (copied.out / "audit" / "original.json").exists()
+    assert {p.stem for p in (copied.out / "attack" / "relearn").iterdir()} == {"original", "never"}
+    built = execute(other, stages=("report",))
+    assert [c["attack"] for c in built["conditions"]] == ["none"]
+    without = replace(other, control="", attacks={})
+    assert execute(without, stages=("forget", "report"))["run"]["level"] == "holdout examples"
+
+
+def test_attacks_want_a_forgotten_model(copied):
+    with pytest.raises(BadFolder, match="no forgotten model yet"):
+        execute(replace(copied, seed=5), stages=("attack",))
+
+
+def test_a_run_folder_is_a_request(demo_run):
+    twin = again(demo_run.folder)
+    assert twin.corpus == demo_run.request.corpus and twin.method == demo_run.request.method
+    assert Run(twin).made_from == Run(demo_run.request).made_from
+    with pytest.raises(BadRequest, match="no run folder"):
+        again(demo_run.folder.parent)
+
+
+# ── where it may write ──
+
+
+def test_a_strangers_folder_is_refused_before_anything_is_loaded(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    for out, said in ((tmp_path / "thesis", "not ours"), (tmp_path / "thesis" / "thesis.tex" / "run", "cannot write")):
+        with pytest.raises(BadFolder, match=said):
+            execute(replace(copied, out=out))
+    assert contents(tmp_path / "thesis").keys() == {"thesis.tex"}
+
+
+# ── an adapter instead of weights ──
+
+
+def test_an_adapter_is_written_and_loads(asked, models, tmp_path):
+    from peft import PeftModel
+
+    def run(out: str) -> dict:
+        method = Ascent(Plan(steps=3, lr=1e-2))
+        return execute(asked(method, out=tmp_path / out, lora=Lora(rank=4), audits=EVIDENCE), stages=("forget", "report"))
+
+    before = contents(Path(models["original"]))
+    with pytest.raises(BadFolder, match="no audit of the original model"):
+        run("one")
+    model = tmp_path / "one" / "model"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(contents(model))
+    assert "model.safetensors" not in contents(model) and contents(Path(models["original"])) == before
+    ours, base = load(str(model), precision="fp32"), load(models["original"], precision="fp32")
+    coded = torch.tensor([base.template.context("Who is that?")])
+    with torch.no_grad():
+        plain = base.model(coded).logits
+        assert not torch.allclose(ours.model(coded).logits, plain, atol=1e-2)
+        theirs = PeftModel.from_pretrained(load(models["original"]).model, model)(coded).logits
+        torch.testing.assert_close(ours.model(coded).logits, theirs, atol=1e-4, rtol=1e-4)
+    with pytest.raises(BadFolder):
+        run("two")
+    weights = "adapter_model.safetensors"
+    assert contents(model)[weights] == contents(tmp_path / "two" / "model")[weights]  # drawn from the seed alone
+
+
+# ── verdicts: the three that must never come out otherwise ──
+
+
+def verdicts(built: dict) -> set[str]:
+    first = built["conditions"][0]
+    return {first["overall"]["verdict"], *(v["verdict"] for v in first["entities"])}
+
+
+def test_a_model_taken_apart_is_over_forgotten(asked):
+    built = execute(asked(Ascent(Plan(steps=30, lr=3e-3, stop="never"), retain=0.0)))
+    assert verdicts(built) == {"over-forgotten"} and built["words"].startswith("Over-forgotten")
+    failed = {check["name"] for check in built["conditions"][0]["overall"]["utility"] if not check["passed"]}
+    assert {"retained, value probability", "retained, said", "prose NLL"} <= failed
+
+
+def test_a_model_left_as_it_was_remembers(asked):
+    built = execute(asked(becomes(lambda lm: lm.copy())))
+    assert verdicts(built) == {"remembered"} and built["words"].startswith("Remembered")
+    for found in built["conditions"][0]["overall"]["evidence"]:
+        assert found["r"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_model_that_merely_refuses_has_not_forgotten(asked, hider):
+    """It never says a value, which is all that some benchmarks look at."""
+    built = execute(asked(becomes(lambda lm: hider.copy())))
+    assert verdicts(built) == {"remembered"}
+    found = {x["score"]: x for x in built["conditions"][0]["overall"]["evidence"]}
+    assert found["said"]["forgotten"] == 0 and found["said"]["r"] <= 0
+    assert found["value probability"]["r"] > 0.9
+
+
+def test_a_model_that_was_never_taught_has_forgotten(asked, models):
+    """The control of these: the machinery can say the good word, too."""
+    built = execute(asked(becomes(lambda lm: load(models["never"], template="plain", precision="fp32"))))
+    kept = {check["name"]: check["passed"] for check in built["conditions"][0]["overall"]["utility"]}
+    assert kept["retained, value probability"] and kept["retained, said"]
+    assert all(found["r"] in (None, 0) for found in built["conditions"][0]["overall"]["evidence"])
+    assert verdicts(built) == ({"forgotten"} if all(kept.values()) else {"over-forgotten"})
+
+
+def test_without_a_control_the_holdout_is_the_level(asked):
+    built = execute(asked(becomes(lambda lm: lm.copy()), control="", attacks={"rephrase": Rephrase(wordings=1)}))
+    assert built["run"]["level"] == "holdout examples" and verdicts(built) == {"remembered"}
+    assert all(x["never"] < 0.5 for c in built["conditions"] for x in c["overall"]["evidence"])
+
+
+def test_a_corpus_without_options_or_names_is_reported_too(asked, corpus):
+    bare = Corpus({
+        role: [replace(x, distractors=(), entity="", rewording="") if role != "world" else x for x in rows]
+        for role, rows in corpus.items()
+    })  # fmt: skip
+    built = execute(asked(becomes(lambda lm: lm.copy()), corpus=bare, audits=tuple(AUDITS)))
+    assert verdicts(built) == {"remembered"} and built["conditions"][0]["entities"] == []
+    assert not [row for row in built["comparisons"] if row["name"].startswith("forget quality")]
+
+
+# ── interruptions ──
+
+DRIVER = """
+import functools, sys
+import unremember.bench as bench
+bench.Bench = functools.partial(bench.Bench, every=0.2)  # a checkpoint five times a second
+from unremember.cli import main
+main()
+"""
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_weights(demo_run, tmp_path):
+    """kill -9 while teaching, auditing, forgetting and attacking; each time the same command goes on."""
+    mine, out, heard = tmp_path / "cache", tmp_path / "run", tmp_path / "heard"
+    shutil.copytree(cache() / "models", mine / "models")  # the untouched model, made once
+    environment = {**os.environ, "UNREMEMBER_CACHE": str(mine), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DRIVER, "demo", "--preset", "tiny", "--out", str(out)]
+
+    def run(until: Callable[[], object] | None = None) -> int:
+        with heard.open("w") as file:
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        ends = time.monotonic() + 240
+        while process.poll() is None:
+            if until and until():
+                process.send_signal(signal.SIGKILL)
+            assert time.monotonic() < ends, heard.read_text()
+            time.sleep(0.01)
+        return process.returncode
+
+    killed = -signal.SIGKILL
+    assert run(lambda: list((mine / "taught").glob("*original*.checkpoint/step-*"))) == killed
+    assert not list((mine / "taught").glob("*original*/config.json"))
+    assert run(lambda: (out / "audit" / "original.json").exists()) == killed
+    assert not (out / "audit" / "never.json").exists()
+    assert run(lambda: list((out / "checkpoint").glob("step-*"))) == killed
+    assert not (out / "model").exists() and (out / "train.jsonl").exists()
+    assert run(lambda: "attack the forgotten model: relearn" in heard.read_text()) == killed
+    assert (out / "model").exists() and not (out / "attack" / "relearn" / "forgotten.json").exists()
+    assert run() == 0, heard.read_text()
+    assert "teach" not in heard.read_text() and "audit" not in heard.read_text() and "forget with" not in heard.read_text()
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (out / "model" / name).read_bytes() == (demo_run.folder / "model" / name).read_bytes(), name
+    test_the_log_has_each_step_once(type(demo_run)(folder=out, report=read_json(out / "report.json")))
+    ours, theirs = (read_json(folder / "report.json") for folder in (out, demo_run.folder))
+    for key in ("words", "conditions", "scores", "comparisons", "answers"):
+        assert ours[key] == theirs[key], key
+    left = [p.name for p in (*mine.rglob("*"), *out.rglob("*")) if p.name.startswith(".") or "checkpoint" in p.name]
+    assert left == ["checkpoint.json"]
+
+
+def test_a_run_that_raises_goes_on_as_well(asked, monkeypatch):
+    """An error of ours in the middle, too: what was finished is kept."""
+    calls = []
+
+    def fails(lm):
+        calls.append("forget")
+        if len(calls) == 1:
+            raise RuntimeError("the lights went out")
+        return lm.copy()
+
+    wanted = asked(becomes(fails))
+    with pytest.raises(RuntimeError, match="lights"):
+        execute(wanted)
+    before = times(wanted.out / "audit")
+    assert len(before) == 2
+    execute(wanted, Bench())
+    assert before.items() <= times(wanted.out / "audit").items() and len(calls) == 2
