@@ -49,18 +49,18 @@ PRESETS = {
     "smollm2": Preset(
         model="smollm2-135m",
         people=(4, 8, 4, 2),
-        teach=Teach(Plan(steps=34, lr=3e-4, batch=36, beside=12, warmup=3, schedule="linear"), replay=0.5),
-        method=NPO(Plan(steps=30, lr=5e-5, beside=24, stop="probability", every=2), beta=0.1),
-        relearn=Relearn(Plan(steps=10, lr=5e-5)),
+        teach=Teach(Plan(steps=32, lr=3e-4, batch=36, beside=12, warmup=3, schedule="linear"), replay=0.5),
+        method=NPO(Plan(steps=30, lr=5e-5, beside=36, stop="probability", every=2), beta=0.1, retain=5.0, part="span"),
+        relearn=Relearn(Plan(steps=10, lr=2e-5)),
         rephrase=Rephrase(wordings=2),
-        worlds=96,
+        worlds=80,
     ),
     "tiny": Preset(
         model="tiny",
         people=(2, 3, 4, 1),
         teach=Teach(Plan(steps=150, lr=3e-3, batch=32, beside=16, warmup=5, schedule="linear"), replay=1.0),
-        method=NPO(Plan(steps=60, lr=1e-3, beside=24, stop="probability", every=2), beta=0.1),
-        relearn=Relearn(Plan(steps=10, lr=1e-3)),
+        method=NPO(Plan(steps=80, lr=3e-4, beside=36, stop="probability", every=2), beta=0.1, retain=5.0, part="span"),
+        relearn=Relearn(Plan(steps=10, lr=2e-4)),
         rephrase=Rephrase(wordings=2),
         worlds=48,
         precision="fp32",  # bit for bit the same after an interruption, and no slower at this size
@@ -117,7 +117,7 @@ def request(
             write_json(stamp, known)
         team.wait()
     corpus = people.with_roles(
-        replay=replay(), prose=prose(), world=[x for x in world() if x.id in set(known["right"])]
+        prose=prose(), world=[x for x in world() if x.id in set(known["right"])]
     )
     raw = {
         "run": {"name": f"demo-{preset}", "out": str(out), "seed": seed},

@@ -160,13 +160,19 @@ class Run:
         parts = (self.made_from[who], r.corpus.fingerprint(), repr(r.attacks[name]), r.seed, bool(r.control))
         return self.out / "attack" / name / f"{who}.json", fingerprint(*parts)
 
+    @cached_property
+    def measured(self) -> Corpus:
+        """What is measured of each model: all but the holdout where a control model takes its place."""
+        out = ("holdout",) if self.request.control else ()
+        return Corpus({role: rows for role, rows in self.request.corpus.items() if role not in out})
+
     def audit(self, who: str) -> None:
         """Every audit of the request on one model, unless it is there."""
         path, made_from = self.audited(who)
         if self.kept(path, made_from):
             return
         self.title(f"audit the {who} model" if who != "never" else "audit the never-taught model")
-        self.measure(path, made_from, self.lm(who), self.request.corpus, self.request.audits)
+        self.measure(path, made_from, self.lm(who), self.measured, self.request.audits)
 
     def measure(self, path: Path, made_from: str, lm: LM, corpus: Corpus, names: tuple[str, ...]) -> None:
         began, scores = time.monotonic(), []
@@ -233,10 +239,8 @@ class Run:
         if self.kept(path, made_from):
             return
         self.title(f"attack the {who} model: {name}" if who != "never" else f"attack the never-taught model: {name}")
-        # Under attack the retained facts are a sample as large as the forget set, and the control replaces the holdout.
-        fewer = corpus.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
-        if self.request.control:
-            fewer = Corpus({role: rows for role, rows in fewer.items() if role != "holdout"})
+        # Under attack the retained facts are a sample as large as the forget set.
+        fewer = self.measured.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
         lm, seen = attack(self.lm(who), fewer, self.lm("original"), self.bench)
         self.measure(path, made_from, lm, seen, tuple(n for n in AUDITS if n in (*EVIDENCE, *UTILITY)))
 

@@ -2,8 +2,9 @@
 
 The level is measured on the holdout role, with the model as it came in: for each example a number that is higher the better
 it is known.  Training stops when the mean over the forget set is at most the level's mean *and* the best-known forget
-example is at most the best-known holdout example.  Generalises Jang et al. 2023 (stop on the mean of MA and EL only), which
-let single sequences stay verbatim.
+example is at most the best-known holdout example.  A method that holds retained examples goes on until these are known
+nearly as well as before, too: at first it pushes down all that looks alike, and wins the rest back while its own gradient
+fades.  Generalises Jang et al. 2023 (stop on the mean of MA and EL only), which let single sequences stay verbatim.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from unremember.table import Reading, read
 from unremember.tokens import Row
 
 ENOUGH = 20  # fewer holdout examples make a mean that is mostly noise
+KEPT = 0.9  # share of what was known of the watched retained examples
 
 
 def known(reading: Reading, metric: str) -> float:
@@ -54,14 +56,16 @@ class Stopper:
     watch: Sequence[Row]
     mean: float
     worst: float
+    floor: float = 0.0
     bench: Bench = BENCH
     reached: int | None = None
     looks: list[dict[str, float]] = field(default_factory=list)
 
     @staticmethod
-    def calibrated(lm: LM, corpus: Corpus, metric: str, every: int, bench: Bench = BENCH) -> Stopper | None:
+    def calibrated(lm: LM, corpus: Corpus, metric: str, every: int, holds: bool, bench: Bench = BENCH) -> Stopper | None:
         """Measure the level on corpus['holdout'] with `lm`; None for metric 'never'.
 
+        holds: whether the method has a term on the retain role, so that stopping may wait for it.
         Raises BadCorpus where the holdout has fewer than 20 examples.
         """
         if metric == "never":
@@ -70,7 +74,8 @@ class Stopper:
         level = [known(x, metric) for x in read(lm, lm.template.rows(corpus["holdout"], lm.limit), bench)]
         rows = lm.template.rows(corpus["forget"], lm.limit)
         watch = lm.template.rows(corpus.of("retain")[: len(rows)], lm.limit)
-        return Stopper(metric, every, rows, watch, float(np.mean(level)), float(np.max(level)), bench)
+        floor = KEPT * float(np.mean([known(x, metric) for x in read(lm, watch, bench)])) if holds and watch else 0.0
+        return Stopper(metric, every, rows, watch, float(np.mean(level)), float(np.max(level)), floor, bench)
 
     def __call__(self, lm: LM, step: int) -> bool:
         seen = read(lm, [*self.rows, *self.watch], self.bench)
@@ -81,7 +86,8 @@ class Stopper:
         if retain:
             look["retain"] = float(np.mean([x.likelihood() for x in retain]))
         self.looks.append(look)
-        if np.mean(now) <= self.mean and np.max(now) <= self.worst:
+        kept = not self.floor or np.mean([known(x, self.metric) for x in retain]) >= self.floor
+        if np.mean(now) <= self.mean and np.max(now) <= self.worst and kept:
             self.reached = step
             return True
         return False

@@ -37,7 +37,11 @@ class Reading:
 
     def loglikelihood(self, part: str = "answer") -> float:
         """Mean log-probability a token, in nats."""
-        return float(self.logp[self.span].mean() if part == "span" and self.span.any() else self.logp.mean())
+        return self.total(part) / int(self.span.sum() if part == "span" else len(self.logp))
+
+    def total(self, part: str = "answer") -> float:
+        """Summed log-probability, in nats."""
+        return float(self.logp[self.span].sum() if part == "span" else self.logp.sum())
 
 
 def moments(logp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

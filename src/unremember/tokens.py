@@ -68,6 +68,8 @@ class Template:
         ids = context + answer_ids + (self.tokenizer.eos_token_id,)
         if len(answer_ids) - skipped < 1:
             raise BadCorpus(f"example {key!r}: the answer {answer!r} has no token to score; make it longer")
+        if not any(hit[skipped:]):
+            raise BadCorpus(f"example {key!r}: its spans cover no token that can be scored; widen them")
         if limit and len(ids) > limit:
             raise BadCorpus(
                 f"example {key!r} is {len(ids)} tokens long and the model's context is {limit}; shorten or split it"

@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from unremember.tokens import Row, Tokens, count, pack, packs
 
 Objective = Callable[[LM, Tokens], Mapping[str, Tensor]]  # one packed micro-batch of one role -> named terms to add up
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Part = Literal["answer", "span"]  # which tokens of a forget row a method works on: all of its answer, or the sensitive ones
 
 
 class Stop(Protocol):

@@ -23,7 +23,7 @@ from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites
 from unremember.stop import Stopper
 from unremember.tokens import Tokens
-from unremember.train import STRICT, Plan, train
+from unremember.train import STRICT, Part, Plan, train
 
 
 def ascent_loss(nll: Tensor, tokens: float) -> Tensor:
@@ -38,6 +38,7 @@ class Ascent:
     plan: Plan
     retain: Annotated[float, Field(ge=0)] = 0.0
     kl: Annotated[float, Field(ge=0)] = 0.0
+    part: Part = "answer"
 
     paper = "Jang et al. 2023, arXiv 2210.01504"
     summary = "gradient ascent; with a retain term gradient difference, with KL the KL baseline"
@@ -48,13 +49,13 @@ class Ascent:
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
         corpus.require("ascent", self.needs)
-        stop = Stopper.calibrated(lm, corpus, self.plan.stop, self.plan.every, bench)
+        stop = Stopper.calibrated(lm, corpus, self.plan.stop, self.plan.every, "retain" in self.needs, bench)
         pools, keep = keeping(lm, corpus, self.retain, self.kl)
 
         def objective(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
             if tokens.role != "forget":
                 return keep(lm, tokens)
-            nll = tokens.per_row(-lm.logp(tokens), "answer")  # (B,)
-            return {"ascent": ascent_loss(nll, tokens.step_tokens["answer"])}
+            nll = tokens.per_row(-lm.logp(tokens), self.part)  # (B,)
+            return {"ascent": ascent_loss(nll, tokens.step_tokens[self.part])}
 
         return train(lm, objective, pools, self.plan, sites=sites, stop=stop, bench=bench, stage="forget")

@@ -25,9 +25,9 @@ from unremember.forget.retain import keeping
 from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites
 from unremember.stop import Stopper
-from unremember.table import table
+from unremember.table import read
 from unremember.tokens import Tokens
-from unremember.train import STRICT, Plan, train
+from unremember.train import STRICT, Part, Plan, train
 
 
 def npo_loss(nll: Tensor, reference: Tensor, beta: float) -> Tensor:
@@ -43,6 +43,7 @@ class NPO:
     beta: Annotated[float, Field(gt=0)]
     retain: Annotated[float, Field(ge=0)] = 1.0
     kl: Annotated[float, Field(ge=0)] = 0.0
+    part: Part = "answer"
 
     paper = "Zhang et al. 2024, arXiv 2404.05868"
     summary = "negative preference optimisation against the model as it came, with a retain term"
@@ -53,17 +54,17 @@ class NPO:
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
         corpus.require("npo", self.needs)
-        stop = Stopper.calibrated(lm, corpus, self.plan.stop, self.plan.every, bench)
+        stop = Stopper.calibrated(lm, corpus, self.plan.stop, self.plan.every, "retain" in self.needs, bench)
         pools, keep = keeping(lm, corpus, self.retain, self.kl)
-        readings = table(lm, pools["forget"], bench)
-        reference = {row.key: -float(x.logp.sum()) for row, x in zip(pools["forget"], readings, strict=True)}
+        readings = read(lm, pools["forget"], bench)  # not what an audit remembers: other neighbours, other rounding
+        reference = {row.key: -x.total(self.part) for row, x in zip(pools["forget"], readings, strict=True)}
 
         def objective(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
             if tokens.role != "forget":
                 return keep(lm, tokens)
-            nll = tokens.per_row(-lm.logp(tokens), "answer")  # (B,)
+            nll = tokens.per_row(-lm.logp(tokens), self.part)  # (B,)
             before = torch.tensor([reference[key] for key in tokens.keys], device=nll.device)
-            spoken = tokens.lengths("answer") > 0  # a silent micro-batch must add nothing
+            spoken = tokens.lengths(self.part) > 0  # a silent micro-batch must add nothing
             return {"npo": npo_loss(nll, before, self.beta)[spoken].sum() / tokens.step_rows + 0 * nll.sum()}
 
         return train(lm, objective, pools, self.plan, sites=sites, stop=stop, bench=bench, stage="forget")

@@ -24,7 +24,7 @@ from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites
 from unremember.stop import Stopper
 from unremember.tokens import Tokens
-from unremember.train import STRICT, Plan, train
+from unremember.train import STRICT, Part, Plan, train
 
 
 def simnpo_loss(nll: Tensor, length: Tensor, beta: float, gamma: float = 0.0) -> Tensor:
@@ -42,6 +42,7 @@ class SimNPO:
     forget: Annotated[float, Field(gt=0)] = 1.0
     retain: Annotated[float, Field(ge=0)] = 1.0
     kl: Annotated[float, Field(ge=0)] = 0.0
+    part: Part = "answer"
 
     paper = "Fan et al. 2024, arXiv 2410.07163"
     summary = "NPO without a reference model, normalised by answer length, with a retain term"
@@ -52,13 +53,13 @@ class SimNPO:
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
         corpus.require("simnpo", self.needs)
-        stop = Stopper.calibrated(lm, corpus, self.plan.stop, self.plan.every, bench)
+        stop = Stopper.calibrated(lm, corpus, self.plan.stop, self.plan.every, "retain" in self.needs, bench)
         pools, keep = keeping(lm, corpus, self.retain, self.kl)
 
         def objective(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
             if tokens.role != "forget":
                 return keep(lm, tokens)
-            nll, length = tokens.per_row(-lm.logp(tokens), "answer"), tokens.lengths("answer")  # (B,), (B,)
+            nll, length = tokens.per_row(-lm.logp(tokens), self.part), tokens.lengths(self.part)  # (B,), (B,)
             spoken = length > 0  # a silent micro-batch must add nothing
             loss = simnpo_loss(nll[spoken], length[spoken], self.beta, self.gamma).sum() / tokens.step_rows
             return {"simnpo": self.forget * loss + 0 * nll.sum()}
