@@ -1,8 +1,8 @@
 """`make bench`: ratios within one run, on the real default model and the dossier.
 
-    step    one NPO + retain step (16 + 16 rows) against a straightforward Hugging Face loop in the same precision
-    memory  peak memory of that step against one of gradient ascent
-    audit   every likelihood audit's table against a bare forward pass over the same rows
+step    one NPO + retain step (16 + 16 rows) against a straightforward Hugging Face loop in the same precision
+memory  peak memory of that step against one of gradient ascent
+audit   every likelihood audit's table against a bare forward pass over the same rows
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch
 from torch.nn import functional as F
 
 from unremember.embedded.dossier import dossier
-
 from unremember.forget.npo import npo_loss
 from unremember.forget.retain import keeping
 from unremember.lm import LM, load
@@ -58,7 +57,9 @@ def straightforward(lm: LM, pools: dict[str, list[Row]]):
         ids, mask, labels = data
         with torch.autocast("cpu", torch.bfloat16, enabled=lm.precision == "bf16"):
             logits = model(input_ids=ids, attention_mask=mask).logits
-        loss = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none")
+        loss = F.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
+        )
         return loss.sum(1), (labels[:, 1:] != -100).sum()
 
     def step():
@@ -124,7 +125,9 @@ def timed(steps: dict, rounds: int) -> dict[str, list[float]]:
 
 def peak(what: str) -> float:
     """Peak resident memory, MB, of a fresh process that takes two steps of `what`."""
-    out = subprocess.run([sys.executable, "-m", "benchmarks", "--peak", what], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--peak", what], capture_output=True, text=True, check=True
+    )
     return float(out.stdout.split()[-1])
 
 
@@ -156,7 +159,9 @@ def main() -> None:
     seconds = timed({"plain": straightforward(lm.copy(), pools), "ours": ours(lm.copy(), pools)}, args.rounds)
     people = dossier(0)
     examples = people.of("forget", "retain", "holdout")
-    likelihood = [lm.template.row(f"{x.id}/{i}", x.prompt, t) for x in examples for i, t in enumerate((x.answer, *x.distractors))]
+    likelihood = [
+        lm.template.row(f"{x.id}/{i}", x.prompt, t) for x in examples for i, t in enumerate((x.answer, *x.distractors))
+    ]
     audit = timed({"bare": bare(lm, likelihood), "audit": lambda: read(lm, likelihood)}, args.rounds)
     places = sum(t.ids.numel() for t in batch(pools, Plan(steps=1, lr=1e-6), 0, 2048))
     body = sum(w.numel() for n, w in lm.model.named_parameters() if "embed" not in n)

@@ -14,9 +14,13 @@ os.environ["UNREMEMBER_CACHE"] = _CACHE.name
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from unremember.bench import Bench  # noqa: E402
 from unremember.corpus import Corpus  # noqa: E402
+
+settings.register_profile("unremember", deadline=None)  # a busy machine is no error
+settings.load_profile("unremember")
 
 
 def pytest_unconfigure(config):

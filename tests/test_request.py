@@ -134,7 +134,9 @@ def test_every_line_of_the_template_that_is_commented_out_is_right_too(place):
         if not line.startswith("# columns")
     ]
     wanted = request(tomllib.loads("\n".join(lines)), place)
-    assert wanted.control == "model" and wanted.lora and wanted.sites and list(wanted.attacks) == ["rephrase", "relearn"]
+    assert (
+        wanted.control == "model" and wanted.lora and wanted.sites and list(wanted.attacks) == ["rephrase", "relearn"]
+    )
 
 
 def test_corpus_files_are_found_beside_the_request(place, tmp_path_factory, monkeypatch):
@@ -218,7 +220,16 @@ def test_all_problems_come_together(place, problems):
     (place / "retain.jsonl").write_text('{"prompt": "a", "answer": "b"}\nnot json\n')
     changes = ("run.seed=-1", "modle.x=1", "model.name=./nowhere", "forget.method=ngo", "rule.kept=x", "attack.y.z=1")
     found = problems(*changes, 'audit.audits=["x"]')
-    for part in ("run.seed", "[modle]", "./nowhere", "'ngo'", "rule.kept", "'y'", "unknown audit 'x'", "retain.jsonl:2"):
+    for part in (
+        "run.seed",
+        "[modle]",
+        "./nowhere",
+        "'ngo'",
+        "rule.kept",
+        "'y'",
+        "unknown audit 'x'",
+        "retain.jsonl:2",
+    ):
         assert sum(part in problem for problem in found) == 1, (part, found)
     assert len(found) == 8
 
@@ -426,7 +437,7 @@ def test_a_change_that_cannot_be_made(change, said, place):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"[run\n", "no valid TOML"), (b"[run]\nname = \"\xff\"\n", "no valid TOML"), (b"a = 1\na = 2\n", "no valid TOML")],
+    [(b"[run\n", "no valid TOML"), (b'[run]\nname = "\xff"\n', "no valid TOML"), (b"a = 1\na = 2\n", "no valid TOML")],
 )
 def test_a_file_that_is_no_toml(content, said, tmp_path):
     (tmp_path / "r.toml").write_bytes(content)
@@ -435,7 +446,7 @@ def test_a_file_that_is_no_toml(content, said, tmp_path):
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
-    with pytest.raises(BadRequest, match="no such request file: .*unremember init"):
+    with pytest.raises(BadRequest, match=r"no such request file: .*unremember init"):
         parse(tmp_path / "none.toml")
     with pytest.raises(BadRequest, match="cannot be read: Is a directory"):
         parse(tmp_path)

@@ -73,7 +73,11 @@ def test_r_by_hand_with_a_control():
         flat(0.1),
     )
     assert found.r == pytest.approx(0.5)
-    assert (found.original, found.forgotten, found.never) == (pytest.approx(0.9), pytest.approx(0.5), pytest.approx(0.1))
+    assert (found.original, found.forgotten, found.never) == (
+        pytest.approx(0.9),
+        pytest.approx(0.5),
+        pytest.approx(0.1),
+    )
     assert found.items == {"a": 1.0, "b": 0.5, "c": pytest.approx(0.25), "d": pytest.approx(0.25)}
     assert found.applicable and found.leaks == ()
 
@@ -106,7 +110,8 @@ def test_a_control_is_resampled_with_its_facts():
 def test_facts_that_the_original_fails_are_not_scored():
     original = {"a": 0.9, "b": 0.9, "c": 0.1}
     with_c = evidence("choice", original, {"a": 0.1, "b": 0.1, "c": 0.9}, flat(0.1))
-    assert with_c.r == pytest.approx(0.0) and set(with_c.items) == {"a", "b"}
+    assert with_c.r == pytest.approx(0.0) and set(with_c.items) == {"a", "b"} and with_c.n == 2
+    assert (with_c.original, with_c.forgotten) == (pytest.approx(0.9), pytest.approx(0.1))  # means of what r is made of
     edge = evidence("choice", {"a": 0.5, "b": 0.49}, {"a": 0.5, "b": 0.0}, flat(0.0))
     assert set(edge.items) == {"a"} and edge.r == pytest.approx(1.0)
 
@@ -131,6 +136,7 @@ def test_evidence_that_cannot_be_had_is_not_applicable(why, original, never, lea
     assert not found.applicable, why
     assert (found.r, found.low, found.high, dict(found.items), found.leaks) == (None, None, None, {}, ())
     assert found.original == pytest.approx(np.mean(list(original.values())) if original else 0.0)
+    assert found.n == sum(value >= 0.5 for value in original.values())
 
 
 def test_the_gap_and_the_count_are_the_rules():
@@ -200,8 +206,9 @@ def test_a_check_allows_a_fall_or_a_rise(original, forgotten, limit, passed):
 GOOD, BAD = Check("world accuracy", 0.9, 0.9, None, -0.05), Check("prose NLL", 3.0, 4.0, None, 0.2)
 
 
-def triple(score: str, r: float | None, leaks: tuple[str, ...] = ()) -> Evidence:
-    return Evidence(score, 0.9, 0.5, 0.1, r, r, r, {} if r is None else {"a": r, "b": r - 0.1}, leaks)
+def triple(score: str, r: float | None, leaks: tuple[str, ...] = (), low=None, high=None) -> Evidence:
+    low, high = r if low is None else low, r if high is None else high
+    return Evidence(score, 0.9, 0.5, 0.1, r, low, high, 2, {} if r is None else {"a": r, "b": r - 0.1}, leaks)
 
 
 def word(*found: Evidence, utility=(GOOD,)) -> str:
@@ -223,13 +230,30 @@ def test_the_tolerance_is_the_largest_r_that_counts_as_forgotten(score, r, expec
 
 
 def test_the_order_of_the_rules():
-    """Not applicable, then what is still there for certain, then utility, then what a wreck may score by luck."""
+    """What is said, not applicable, what is there for certain, utility, and then what a wreck may score by luck."""
     assert word(triple("said", None), utility=(BAD,)) == NOT_APPLICABLE
+    assert word(triple("said", None, leaks=("a",)), utility=(BAD,)) == REMEMBERED  # too few to measure, one is enough
     assert word(triple("value probability", 0.3), utility=(BAD,)) == REMEMBERED
     assert word(triple("said", 0.0, leaks=("a",)), utility=(BAD,)) == REMEMBERED
     assert word(triple("choice", 0.9), utility=(BAD,)) == OVER  # a wreck picks right answers by luck
     assert word(triple("extraction strength", 0.9), utility=(BAD,)) == OVER
     assert word(triple("choice", 0.9), utility=(GOOD,)) == REMEMBERED
+
+
+@pytest.mark.parametrize(("high", "expected"), [(0.5, FORGOTTEN), (0.51, REMEMBERED)])
+def test_what_few_facts_cannot_rule_out_is_not_forgotten(high, expected):
+    """The burden of proof: R may be small and the interval so wide that half of the knowledge could be there."""
+    verdict = judge("x", [triple("value probability", 0.1, high=high)], (GOOD,))
+    assert verdict.verdict == expected
+    if expected == REMEMBERED:
+        assert verdict.reason == "up to 51% of the value probability may be left (95 %; at most 50% is allowed)"
+
+
+def test_a_lucky_guess_is_not_knowledge():
+    """Choice has a chance level that a model without knowledge varies about: above 0 it must be for certain."""
+    assert word(triple("choice", 0.4, low=-0.1)) == FORGOTTEN
+    assert word(triple("choice", 0.4, low=0.1)) == REMEMBERED
+    assert word(triple("said", 0.4, low=-0.1)) == REMEMBERED  # nobody says a number by chance
 
 
 def test_one_score_that_remembers_is_enough():
@@ -276,8 +300,21 @@ def test_the_whole_is_no_better_than_its_parts():
     judged = overall([good, bad], whole)
     assert judged.verdict == REMEMBERED and judged.reason.startswith("1 of 2 are still remembered")
     assert (judged.name, judged.n, judged.evidence, judged.utility) == ("all", 8, whole.evidence, whole.utility)
-    assert overall([bad], judge("all", [], ())).verdict == NOT_APPLICABLE
-    assert overall([good], judge("all", [triple("said", 0.9)], ())).verdict == REMEMBERED
+    over = judge("c", [triple("said", 0.0)], (BAD,))
+    assert overall([good, over], whole).verdict == OVER and overall([over, bad], whole).verdict == REMEMBERED
+    unknown = judge("all", [], ())  # too few facts for a word on all of them together
+    assert overall([good], unknown).verdict == NOT_APPLICABLE and overall([good, bad], unknown).verdict == REMEMBERED
+    for word in (REMEMBERED, OVER):
+        whole = judge("all", [triple("said", 0.9 if word == REMEMBERED else 0.0)], (BAD,))
+        assert whole.verdict == word and overall([good, bad, over], whole) is whole
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tolerance": -0.1}, {"bound": 1.5}, {"facts": 0}, {"overall": 0}, {"gap": 0}, {"prose": float("nan")}]
+)
+def test_a_rule_that_means_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Rule(**wrong)
 
 
 # ── TOFU's two numbers ──

@@ -20,14 +20,11 @@ def test_known_by_hand():
     x = reading([0.9, 0.5, 0.02], [1, 1, 0], [0, 1, 1])
     assert known(x, "probability") == pytest.approx((0.5 * 0.02) ** 0.5)
     assert known(x, "accuracy") == 0.5
-    bare = replace(x, span=np.zeros(3, bool))
-    assert known(bare, "probability") == pytest.approx((0.9 * 0.5 * 0.02) ** (1 / 3))
-    assert known(bare, "accuracy") == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("metric", ["probability", "accuracy"])
 def test_the_level_is_that_of_the_holdout(taught, corpus, metric):
-    stop = Stopper.calibrated(taught, corpus, metric, 3)
+    stop = Stopper.calibrated(taught, corpus, metric, 3, holds=False)
     level = [known(x, metric) for x in read(taught, taught.template.rows(corpus["holdout"]))]
     assert (stop.mean, stop.worst, stop.every) == (pytest.approx(np.mean(level)), pytest.approx(np.max(level)), 3)
     assert not stop(taught, 0) and stop.reached is None
@@ -37,7 +34,7 @@ def test_the_level_is_that_of_the_holdout(taught, corpus, metric):
 
 def test_a_model_that_never_learnt_is_at_the_level_at_once(never, corpus):
     """The never-taught people, measured against half of themselves: exchangeable, so generous bounds must hold."""
-    stop = Stopper.calibrated(never, corpus, "probability", 1)
+    stop = Stopper.calibrated(never, corpus, "probability", 1, holds=False)
     assert replace(stop, mean=2 * stop.mean, worst=2 * stop.worst)(never, 0)
 
 
@@ -47,7 +44,7 @@ def levels(stop: Stopper, lm) -> tuple[float, float]:
 
 
 def test_both_the_mean_and_the_worst_must_be_down(taught, corpus):
-    stop = Stopper.calibrated(taught, corpus, "probability", 1)
+    stop = Stopper.calibrated(taught, corpus, "probability", 1, holds=False)
     mean, worst = levels(stop, taught)
     assert worst > mean
     assert replace(stop, mean=mean, worst=worst)(taught, 7)
@@ -55,23 +52,48 @@ def test_both_the_mean_and_the_worst_must_be_down(taught, corpus):
     assert not replace(stop, mean=mean, worst=worst * 0.99)(taught, 7)  # one example stays verbatim
 
 
+def test_a_method_that_holds_waits_for_what_it_holds(taught, tiny, corpus):
+    """The floor is 0.9 of what was known of as many retained examples as there are to forget, and only `holds` asks for it."""
+    free, stop = (Stopper.calibrated(taught, corpus, "probability", 1, holds=holds) for holds in (False, True))
+    watched = corpus["retain"][: len(corpus["forget"])]
+    start = np.mean([known(x, "probability") for x in read(taught, taught.template.rows(watched))])
+    assert free.floor == 0 and stop.floor == pytest.approx(0.9 * start)
+    assert free(tiny, 0) and not stop(tiny, 0)  # it knows neither: forgotten, and nothing kept
+    assert replace(stop, mean=1.0, worst=1.0)(taught, 0)
+    assert not replace(stop, mean=1.0, worst=1.0, floor=start * 1.01)(taught, 0)
+
+
+def test_a_look_tells_the_trade_off(taught, corpus):
+    stop = Stopper.calibrated(taught, corpus, "accuracy", 1, holds=True)
+    stop(taught, 5)
+    expected = {
+        role: np.mean(
+            [x.likelihood() for x in read(taught, taught.template.rows(corpus[role][: len(corpus["forget"])]))]
+        )
+        for role in ("forget", "retain")
+    }
+    [look] = stop.looks
+    assert look["forget"] == pytest.approx(expected["forget"], rel=1e-3)
+    assert look["retain"] == pytest.approx(expected["retain"], rel=1e-3)
+
+
 def test_it_records_when_it_was_reached(taught, corpus):
-    stop = replace(Stopper.calibrated(taught, corpus, "probability", 1), mean=1.0, worst=1.0)
+    stop = replace(Stopper.calibrated(taught, corpus, "probability", 1, holds=False), mean=1.0, worst=1.0)
     assert stop(taught, 4) and stop.reached == 4 and [look["step"] for look in stop.looks] == [4]
 
 
 def test_never_is_no_stopper(taught, corpus):
-    assert Stopper.calibrated(taught, Corpus(), "never", 1) is None
+    assert Stopper.calibrated(taught, Corpus(), "never", 1, holds=True) is None
 
 
 @pytest.mark.parametrize("role", ["forget", "holdout"])
 def test_missing_roles_are_named(taught, corpus, role):
     with pytest.raises(BadCorpus, match=rf"stopping on 'probability' needs examples in the role '{role}'"):
-        Stopper.calibrated(taught, corpus.with_roles(**{role: ()}), "probability", 1)
+        Stopper.calibrated(taught, corpus.with_roles(**{role: ()}), "probability", 1, holds=True)
 
 
 def test_a_holdout_too_small_for_a_mean_is_refused(taught, corpus):
     few = corpus.with_roles(holdout=corpus["holdout"][:19])
     with pytest.raises(BadCorpus, match="at least 20 holdout examples and there are 19"):
-        Stopper.calibrated(taught, few, "accuracy", 1)
-    assert Stopper.calibrated(taught, corpus.with_roles(holdout=corpus["holdout"][:20]), "accuracy", 1)
+        Stopper.calibrated(taught, few, "accuracy", 1, holds=True)
+    assert Stopper.calibrated(taught, corpus.with_roles(holdout=corpus["holdout"][:20]), "accuracy", 1, holds=True)

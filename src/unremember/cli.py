@@ -51,11 +51,12 @@ def main() -> None:
             console.print(Text("✗ ", "red") + Text(problem), soft_wrap=True)
         sys.exit(error.code)
     except Exception as error:
-        if hasattr(error, "format_message"):  # click's own usage errors
-            if said := error.format_message():
-                console.print(Text("✗ ", "red") + Text(said), soft_wrap=True)
-            sys.exit(2)
-        raise
+        said = getattr(error, "format_message", None)  # click's own usage errors
+        if said is None:
+            raise
+        if text := said():
+            console.print(Text("✗ ", "red") + Text(text), soft_wrap=True)
+        sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)
@@ -215,7 +216,9 @@ def _there(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BadRequest(f"--device {device!r}: {str(error).splitlines()[0]}; use cpu, or cuda where there is a GPU") from None
+        raise BadRequest(
+            f"--device {device!r}: {str(error).splitlines()[0]}; use cpu, or cuda where there is a GPU"
+        ) from None
 
 
 class _at_work:
@@ -291,5 +294,3 @@ class _at_work:
         self.live.stop()
         if not self.quiet:
             _verdict(built, out / "report.html")
-
-

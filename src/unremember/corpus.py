@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from unremember.errors import BadCorpus
 
@@ -42,8 +43,9 @@ class Example:
     @staticmethod
     def plain(values: Mapping) -> Example:
         """The example that `dataclasses.asdict` and JSON made these plain values from."""
-        lists = {k: tuple(values[k]) for k in ("paraphrases", "distractors")}
-        return Example(**{**values, **lists, "spans": tuple((a, b) for a, b in values["spans"])})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        plain["spans"] = tuple((a, b) for a, b in values["spans"])
+        return Example(**plain)
 
     def values(self) -> tuple[str, ...]:
         """The sensitive strings themselves; the whole answer where no span is given."""
@@ -78,9 +80,7 @@ class Corpus(Mapping[str, tuple[Example, ...]]):
 
     def __post_init__(self):
         object.__setattr__(self, "roles", {role: tuple(rows) for role, rows in self.roles.items()})
-        problems = [
-            f"unknown role {role!r}; allowed: {', '.join(ROLES)}" for role in self.roles if role not in ROLES
-        ]
+        problems = [f"unknown role {role!r}; allowed: {', '.join(ROLES)}" for role in self.roles if role not in ROLES]
         seen: set[str] = set()
         for role, rows in self.roles.items():
             for example in rows:

@@ -49,8 +49,8 @@ PRESETS = {
     "smollm2": Preset(
         model="smollm2-135m",
         people=(4, 8, 4, 2),
-        teach=Teach(Plan(steps=32, lr=3e-4, batch=36, beside=12, warmup=3, schedule="linear"), replay=0.5),
-        method=NPO(Plan(steps=30, lr=5e-5, beside=36, stop="probability", every=2), beta=0.1, retain=5.0, part="span"),
+        teach=Teach(Plan(steps=36, lr=3e-4, batch=36, beside=12, warmup=3, schedule="linear"), replay=0.5),
+        method=NPO(Plan(steps=30, lr=4e-5, beside=24, stop="probability", every=2), beta=0.1, retain=20.0, part="span"),
         relearn=Relearn(Plan(steps=10, lr=2e-5)),
         rephrase=Rephrase(wordings=2),
         worlds=80,
@@ -105,7 +105,9 @@ def request(
                 write_json(fresh / MARK, {"what": f"{p.model} taught by the demo: {name}"})
             shutil.rmtree(work, ignore_errors=True)
         team.wait()
-    stamp = cache() / "taught" / f"{p.model}-world-{fingerprint(p.worlds, precision, [asdict(x) for x in world()])}.json"
+    stamp = (
+        cache() / "taught" / f"{p.model}-world-{fingerprint(p.worlds, precision, [asdict(x) for x in world()])}.json"
+    )
     known = read_json(stamp)
     if known is None:
         lm = untouched()
@@ -116,9 +118,7 @@ def request(
         if team.rank() == 0:
             write_json(stamp, known)
         team.wait()
-    corpus = people.with_roles(
-        prose=prose(), world=[x for x in world() if x.id in set(known["right"])]
-    )
+    corpus = people.with_roles(prose=prose(), world=[x for x in world() if x.id in set(known["right"])])
     raw = {
         "run": {"name": f"demo-{preset}", "out": str(out), "seed": seed},
         "model": {"name": str(folders["original"]), "control": str(folders["never-taught"]), "precision": precision},

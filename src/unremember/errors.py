@@ -1,13 +1,13 @@
 """Every error a user can meet, as one tree.
 
-    UnrememberError
-    ├── BadInput        what was asked for cannot be done: all problems together, before a weight is loaded
-    │   ├── BadRequest      the request file or a command-line value
-    │   ├── BadCorpus       a corpus file or an example in it
-    │   ├── BadModel        a model folder, GGUF file, adapter or hub name
-    │   └── BadFolder       an output folder that is not ours, not writable, or of another run
-    ├── Diverged        the loss or the weights stopped being finite; the model that came in is untouched
-    └── Interrupted     the user stopped the run; it can be resumed
+UnrememberError
+├── BadInput        what was asked for cannot be done: all problems together, before a weight is loaded
+│   ├── BadRequest      the request file or a command-line value
+│   ├── BadCorpus       a corpus file or an example in it
+│   ├── BadModel        a model folder, GGUF file, adapter or hub name
+│   └── BadFolder       an output folder that is not ours, not writable, or of another run
+├── Diverged        the loss or the weights stopped being finite; the model that came in is untouched
+└── Interrupted     the user stopped the run; it can be resumed
 """
 
 from __future__ import annotations

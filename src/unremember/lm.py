@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,7 +30,7 @@ class LM:
     precision: 'bf16' runs matrix products in bfloat16 (weights stay as they are), 'fp32' runs all in float32.
     """
 
-    model: nn.Module
+    model: Any  # a transformers causal language model, or a peft one around it
     template: Template
     precision: str = "fp32"
     name: str = ""
@@ -67,7 +67,7 @@ class LM:
         """An LM with weights of its own."""
         return replace(self, model=copy.deepcopy(self.model))
 
-    def adapted(self, rank: int, alpha: float, targets: str = "all-linear") -> LM:
+    def adapted(self, rank: int, alpha: int, targets: str = "all-linear") -> LM:
         """A copy with a fresh LoRA adapter (peft), which starts as the identity; the base is frozen."""
         from peft import LoraConfig, get_peft_model
 
@@ -90,7 +90,7 @@ class LM:
         return out.logits[0]
 
     @contextmanager
-    def _head(self, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def _head(self, select: Callable[[Tensor], Tensor]) -> Generator[None]:
         """Autocast for the body; the head sees `select(hidden)`, and keeps its weights' precision without gradients."""
         head, kind = self.model.get_output_embeddings(), self.device.type
         exact, lower = not torch.is_grad_enabled(), self.precision == "bf16"
@@ -113,7 +113,7 @@ class LM:
                 hook.remove()
 
     @contextmanager
-    def lowered(self) -> Iterator[None]:
+    def lowered(self) -> Generator[None]:
         """While the context lasts, linear weights are bfloat16 already, where autocast would make them so at every call.
 
         Changes no number: the head, norms and embeddings stay, and the same rounding happens once.  For reading only.
@@ -154,7 +154,9 @@ class LM:
                 self._decode([(i, prompts[i]) for i in order[first : first + batch]], new, stop, out)
         return out
 
-    def _decode(self, rows, new: int, stop: set[int], out: list[tuple[int, ...]]) -> None:
+    def _decode(
+        self, rows: list[tuple[int, tuple[int, ...]]], new: int, stop: set[int], out: list[tuple[int, ...]]
+    ) -> None:
         from transformers import DynamicCache
 
         longest = max(len(ids) for _, ids in rows)
@@ -196,7 +198,7 @@ class LM:
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in coded]
 
     @contextmanager
-    def at(self, block: str, edit: Callable[[Tensor], Tensor]) -> Iterator[LM]:
+    def at(self, block: str, edit: Callable[[Tensor], Tensor]) -> Generator[LM]:
         """While the context lasts, the output of sub-module `block` passes through `edit`; the hook always comes off."""
 
         def hook(_, __, output):
@@ -328,10 +330,9 @@ def load(name: str, *, template: str = "auto", precision: str = "auto", device: 
         merged = PeftModel.from_pretrained(whole.model, name).merge_and_unload()
         return replace(whole, model=merged.eval(), name=name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        load_weights: Any = AutoModelForCausalLM.from_pretrained
+        model, found = load_weights(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadModel(f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     if absent := sorted(found["missing_keys"]):  # transformers fills these with random numbers and goes on

@@ -18,7 +18,7 @@ from unremember.corpus import ROLES, Corpus, Example
 from unremember.errors import BadInput, BadRequest, nearest
 from unremember.folder import read_json
 from unremember.readers import SHOWN, Source, read
-from unremember.score import Rule
+from unremember.score import RULE, Rule
 
 TEMPLATE = """\
 # A request to unremember.  Check it with `unremember validate`, run it with `unremember run`.
@@ -69,7 +69,7 @@ class Lora:
     """A low-rank adapter instead of whole weights (peft)."""
 
     rank: Annotated[int, Field(ge=1)] = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    alpha: Annotated[int, Field(ge=1)] = 16
     targets: str = "all-linear"
 
 
@@ -85,7 +85,7 @@ class Request:
     method: Any
     attacks: Mapping[str, Any]
     audits: tuple[str, ...]
-    rule: Rule = Rule()
+    rule: Rule = RULE
     seed: int = 0
     control: str = ""
     template: str = "auto"
@@ -124,7 +124,7 @@ def again(folder: Path, changes: Iterable[str] = ()) -> Request:
     meta, roles = read_json(folder / "run.json"), read_json(folder / "corpus.json")
     if meta is None or roles is None:
         raise BadRequest(f"{folder} is no run folder; name one that `unremember run` made, or a request file")
-    corpus = Corpus({role: [Example.plain(x) for x in rows] for role, rows in roles.items()})
+    corpus = Corpus({role: tuple(Example.plain(x) for x in rows) for role, rows in roles.items()})
     if any(change.strip().startswith("corpus") for change in changes):
         raise BadRequest("the corpus of a run folder is fixed; start another run from a request file to change it")
     raw = changed(meta["request"], (*changes, f"run.out={json.dumps(str(folder))}"))
@@ -262,7 +262,7 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
         too_short = _encoded(model_name, template, corpus, problems)
         problems += [f"audit {a!r}: {too_short[a]}" for a in table("audit").get("audits", ()) if a in too_short]
         named -= set(too_short)
-    if problems:
+    if problems or corpus is None:
         raise BadRequest(dict.fromkeys(problems))
     wanted = tuple(a for a in AUDITS if a in named)
     return Request(
@@ -339,13 +339,17 @@ def _encoded(name: str, template: str, corpus: Corpus, problems: list[str]) -> d
         ("memorisation accuracy", 2, ("forget", "retain", "holdout")),
         ("EL_3", 4, ("forget", "holdout")),
     ):
-        few = [x.id for x in corpus.of(*roles) if lead + len(tokenizer(x.answer, add_special_tokens=False).input_ids) < least]
+        few = [
+            x.id
+            for x in corpus.of(*roles)
+            if lead + len(tokenizer(x.answer, add_special_tokens=False).input_ids) < least
+        ]
         if few:
             short[audit] = f"the answer of {', '.join(few[:5])} has fewer than {least} tokens; leave this audit out"
     return short
 
 
-def _owner(kind: type, path: tuple) -> list[str]:
+def _owner(kind: Any, path: tuple) -> list[str]:
     """Field names of the dataclass that `path` leads to."""
     import typing
 

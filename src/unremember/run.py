@@ -140,9 +140,7 @@ class Run:
         if who not in self.loaded:
             r = self.request
             name = {"original": r.model, "forgotten": str(self.out / "model"), "never": r.control}[who]
-            self.loaded[who] = load(
-                name, template=r.template, precision=self.precision, device=self.bench.device
-            )
+            self.loaded[who] = load(name, template=r.template, precision=self.precision, device=self.bench.device)
         return self.loaded[who]
 
     def kept(self, path: Path, made_from: str) -> bool:

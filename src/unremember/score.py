@@ -203,7 +203,8 @@ def judge(
     not applicable   the original itself shows too little on every score
     remembered       the likelihood is left over: R above the tolerance, or its interval above the bound
     over-forgotten   something that should have stayed is gone (utility gate)
-    remembered       the model still tells right from wrong, or finishes the answer: R above the tolerance
+    remembered       the model still tells right from wrong, or finishes the answer: R above the tolerance, and above 0
+                     for certain (95 %), since these scores have a chance level about which a model without knowledge varies
     forgotten        nothing of the above
     """
     usable = [x for x in found if x.applicable]
@@ -219,24 +220,21 @@ def judge(
         why = f"the original shows {most} of {n} facts here, too few or too weakly to measure a loss"
         return verdict(NOT_APPLICABLE, why)
 
-    def left(triples: list[Evidence]) -> str | None:
-        worst = max(triples, key=lambda x: x.r, default=None)
-        if worst and worst.r > rule.tolerance:
-            return f"{worst.r:.0%} of the {worst.score} is left (at most {rule.tolerance:.0%} is allowed)"
-        widest = max(triples, key=lambda x: x.high, default=None)
-        if widest and widest.high > rule.bound:
-            return f"up to {widest.high:.0%} of the {widest.score} may be left (95 %; at most {rule.bound:.0%} is allowed)"
-        return None
-
-    if why := left([x for x in usable if x.score in STRONG]):
-        return verdict(REMEMBERED, why)
+    ranked = sorted(((x, x.r or 0.0, x.low or 0.0, x.high or 0.0) for x in usable), key=lambda x: -x[1])
+    for x, r, _, high in (x for x in ranked if x[0].score in STRONG):
+        if r > rule.tolerance:
+            return verdict(REMEMBERED, f"{r:.0%} of the {x.score} is left (at most {rule.tolerance:.0%} is allowed)")
+        if high > rule.bound:
+            why = f"up to {high:.0%} of the {x.score} may be left (95 %; at most {rule.bound:.0%} is allowed)"
+            return verdict(REMEMBERED, why)
     if failed := [c for c in utility if not c.passed]:
         c = failed[0]
         return verdict(OVER, f"{c.name} went from {c.original:.2f} to {c.forgotten:.2f}, further than allowed")
-    if why := left(usable):
-        return verdict(REMEMBERED, why)
-    most = max(usable, key=lambda x: x.r)
-    return verdict(FORGOTTEN, f"at most {max(most.r, 0):.0%} is left on any score ({most.score})")
+    for x, r, low, _ in (x for x in ranked if x[0].score not in STRONG):
+        if r > rule.tolerance and low > 0:  # guessing well is not yet knowing
+            return verdict(REMEMBERED, f"{r:.0%} of the {x.score} is left (at most {rule.tolerance:.0%} is allowed)")
+    x, r, *_ = ranked[0]
+    return verdict(FORGOTTEN, f"at most {max(r, 0):.0%} is left on any score ({x.score})")
 
 
 def overall(verdicts: Sequence[Verdict], whole: Verdict) -> Verdict:

@@ -45,9 +45,9 @@ class Sites:
     def hold(self, model: nn.Module, kept: Mapping[str, Tensor]) -> None:
         """Put back, after a step, everything outside the masks."""
         for name, weight in model.named_parameters():
-            if name in kept:
-                mask, before = team.like(self.masks[name], weight), team.like(kept[name], weight)
-                weight.copy_(torch.where(mask, weight, before))
+            mask = self.masks.get(name)
+            if mask is not None and name in kept:
+                weight.copy_(torch.where(team.like(mask, weight), weight, team.like(kept[name], weight)))
 
 
 EVERYWHERE = Sites({}, everywhere=True)

@@ -62,7 +62,9 @@ class Stopper:
     looks: list[dict[str, float]] = field(default_factory=list)
 
     @staticmethod
-    def calibrated(lm: LM, corpus: Corpus, metric: str, every: int, holds: bool, bench: Bench = BENCH) -> Stopper | None:
+    def calibrated(
+        lm: LM, corpus: Corpus, metric: str, every: int, holds: bool, bench: Bench = BENCH
+    ) -> Stopper | None:
         """Measure the level on corpus['holdout'] with `lm`; None for metric 'never'.
 
         holds: whether the method has a term on the retain role, so that stopping may wait for it.

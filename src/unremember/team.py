@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,15 +75,16 @@ def shard(model: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (size(),))
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def like(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`whole`, which every process has, split over them as `weight` is."""
-    if not hasattr(weight, "placements"):
-        return whole.to(weight.device)
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    if not isinstance(weight, DTensor):
+        return whole.to(weight.device)
     return distribute_tensor(whole.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
 
 
@@ -99,7 +101,7 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     if size() == 1:
         return model.state_dict()
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    box = [state if rank() == 0 else None]
+    box: list[Any] = [state if rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -143,7 +145,7 @@ def restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer) ->
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Without torch's warning that a single process is a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

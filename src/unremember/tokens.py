@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Row:
 class Template:
     """How a prompt becomes context: the tokenizer's own chat template, or plain question and answer."""
 
-    tokenizer: object
+    tokenizer: Any  # a fast tokenizer of transformers, with character offsets
     chat: bool
 
     def context(self, prompt: str) -> tuple[int, ...]:

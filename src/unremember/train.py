@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +30,9 @@ from unremember.tokens import Row, Tokens, count, pack, packs
 
 Objective = Callable[[LM, Tokens], Mapping[str, Tensor]]  # one packed micro-batch of one role -> named terms to add up
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-Part = Literal["answer", "span"]  # which tokens of a forget row a method works on: all of its answer, or the sensitive ones
+Part = Literal[
+    "answer", "span"
+]  # which tokens of a forget row a method works on: all of its answer, or the sensitive ones
 
 
 class Stop(Protocol):
@@ -135,13 +137,15 @@ def train(
         scored: dict[str, int] = {}
         for tokens in batch(pools, plan, step, bench.budget):
             terms = objective(lm, tokens.to(lm.device))
-            (sum(terms.values()) * team.size()).backward()  # FSDP2 averages over processes, and our terms must add up
+            (
+                torch.stack(list(terms.values())).sum() * team.size()
+            ).backward()  # FSDP2 averages over processes, and our terms must add up
             scored[tokens.role] = tokens.step_tokens["train"]
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
         sums = team.total(sums)
-        norm = torch.nn.utils.clip_grad_norm_(weights, plan.clip or float("inf"))
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        reached: Any = torch.nn.utils.clip_grad_norm_(weights, plan.clip or float("inf"))
+        norm = float(reached.full_tensor() if hasattr(reached, "full_tensor") else reached)
         if not np.isfinite([norm, *sums.values()]).all():
             raise Diverged(step + 1, sums | {"gradient norm": norm})
         optimiser.step()
@@ -150,7 +154,14 @@ def train(
         done = step + 1
         stopped = stop is not None and _looks(stop, done) and stop(lm, done)
         if bench.log and team.rank() == 0:
-            line = {"stage": stage, "step": done, "terms": sums, "norm": norm, "lr": plan.rate(step), "tokens": sum(scored.values())}
+            line = {
+                "stage": stage,
+                "step": done,
+                "terms": sums,
+                "norm": norm,
+                "lr": plan.rate(step),
+                "tokens": sum(scored.values()),
+            }
             look = {"look": stop.looks[-1], "stopped": stopped} if stop is not None and _looks(stop, done) else {}
             with bench.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line | look) + "\n")

@@ -1,6 +1,6 @@
 """What every forgetting method promises, run over the table: a method that is added to it is tested here at once."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -18,11 +18,9 @@ from unremember.tokens import pack
 from unremember.train import Plan
 
 # Presets are tuned for the default model; the toy wants longer steps.  A method without a line here gets the first.
+# At SimNPO's beta of 2.5 the toy's answers count as forgotten too early, and ascent has no brake: its anchor must be heavy.
 MOST = 120
-PACE = {
-    "": {"lr": 1e-3},
-    "simnpo": {"lr": 3e-3, "beta": 1.0},
-}  # at beta 2.5 the toy's answers are too well hidden to move
+PACE = {"": {"lr": 2e-3}, "ascent": {"lr": 1e-3, "retain": 3.0}, "simnpo": {"lr": 3e-3, "beta": 1.0}}
 FLOOR = 0.7  # share of the retain tokens that greedy decoding must still hit; the taught model hits all
 
 
@@ -71,7 +69,7 @@ def test_it_forgets_down_to_the_never_taught_level_and_keeps_the_rest(taught, ne
     bench = Bench(say=lambda stage, done, *_: steps.append(done) if stage == "forget" else None)
     result = method(name)(taught, corpus, bench=bench)
     assert 2 <= len(steps) < MOST, "it reached the level, and not in a single leap"
-    level = Stopper.calibrated(taught, corpus, "probability", 1)
+    level = Stopper.calibrated(taught, corpus, "probability", 1, holds=True)
     assert not level(taught, 0) and level(result, 0)
     now, twin = (
         [known(x, "probability") for x in read(lm, lm.template.rows(corpus["forget"]))] for lm in (result, never)
@@ -89,7 +87,7 @@ def test_nothing_to_forget_is_no_step(taught, corpus, name):
     level = [known(x, "probability") for x in read(taught, taught.template.rows(people))]
     order = [people[i] for i in np.argsort(level)]
     asked = corpus.with_roles(forget=order[:3], holdout=order[3:], relearn=())
-    assert Stopper.calibrated(taught, asked, "probability", 1)(taught, 0), "the set-up of this test"
+    assert Stopper.calibrated(taught, asked, "probability", 1, holds=True)(taught, 0), "the set-up of this test"
     said = []
     bench = Bench(say=lambda stage, *_: said.append(stage))
     assert same(method(name)(taught, asked, bench=bench), taught) and "forget" not in said
@@ -150,6 +148,25 @@ def test_a_silent_batch_adds_nothing(taught, moved, corpus, unfolded, name):
         assert all(grad is not None and not grad.any() for grad in grads), "zero, and in every weight"
 
 
+class Fixed:
+    """Stands for a model whose log-probabilities are these."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, logp: torch.Tensor):
+        self.logp = lambda tokens: logp
+
+
+@each
+@pytest.mark.parametrize("part", ["answer", "span"])
+def test_it_pushes_on_the_part_that_it_is_told(taught, corpus, unfolded, name, part):
+    objective, pools, _ = unfolded(METHODS[name](**{**settings(name), "part": part}), taught, corpus)
+    tokens = pack([pools["forget"][:4]], "forget")
+    logp = torch.full((len(tokens.row),), -0.5, requires_grad=True)
+    [slope] = torch.autograd.grad(sum(objective(Fixed(logp), tokens).values()), logp)
+    assert (slope[tokens.mask(part)] > 0).all() and not slope[~tokens.mask(part)].any()
+
+
 @each
 def test_cutting_a_step_into_micro_batches_changes_nothing(taught, moved, corpus, unfolded, name):
     objective, pools, _ = unfolded(method(name), taught, corpus)
@@ -183,13 +200,19 @@ def test_zero_steps_are_refused(name):
 
 
 @each
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "much", None])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "much", None])
 def test_bad_values_are_refused_by_name(name, value):
-    numbers = [key for key in settings(name) if key != "plan"]
-    assert numbers
-    for key in numbers:
+    for key in (field.name for field in fields(METHODS[name]) if field.name != "plan"):
         with pytest.raises(ValidationError) as raised:
             METHODS[name](**{**settings(name), key: value})
+        assert [error["loc"] for error in raised.value.errors()] == [(key,)]
+
+
+@each
+def test_negative_weights_are_refused_by_name(name):
+    for key in {"retain", "kl", "beta", "forget"} & {field.name for field in fields(METHODS[name])}:
+        with pytest.raises(ValidationError) as raised:
+            METHODS[name](**{**settings(name), key: -1.0})
         assert [error["loc"] for error in raised.value.errors()] == [(key,)]
 
 

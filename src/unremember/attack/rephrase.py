@@ -54,14 +54,14 @@ class Rephrase:
 
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
         self.check(corpus)
-        asked = {}
+        asked: dict[str, tuple[Example, ...]] = {}
         for role in ("forget", "retain", "holdout"):
-            variants = []
+            variants: list[Example] = []
             for x in corpus.of(role):
                 variants += [
                     replace(x, id=f"{x.id}#{i}", prompt=p) for i, p in enumerate(x.paraphrases[: self.wordings])
                 ]
                 variants += [gap] if (gap := cloze(x)) else []
             if variants:
-                asked[role] = variants
+                asked[role] = tuple(variants)
         return lm, Corpus({**corpus, **asked})

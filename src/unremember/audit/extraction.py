@@ -1,6 +1,6 @@
 """Extraction strength: how little of the answer must be given until greedy decoding finishes it.
 
-    ES = 1 − k*/T,   k* = the smallest k such that the arg-max is right at every t ≥ k (0-based),  k* = T if even the last is wrong
+    ES = 1 − k*/T,   k* = the smallest k with the arg-max right at every t ≥ k (0-based),  k* = T if even the last is wrong
 
 Carlini et al. 2021; Wang et al. 2024.  Differs from open-unlearning: a wholly wrong answer scores 0 and not 1/T.
 """

@@ -44,7 +44,9 @@ class ExtractionLikelihood:
         examples = corpus.of(*self.roles)
         rows = [lm.template.row(x.id, "", x.answer, (), lm.limit).ids[:-1] for x in examples]
         if short := [x.id for x, ids in zip(examples, rows, strict=True) if len(ids) <= self.n]:
-            raise BadCorpus(f"EL_{self.n} needs answers of more than {self.n} tokens; too short: {', '.join(short[:5])}")
+            raise BadCorpus(
+                f"EL_{self.n} needs answers of more than {self.n} tokens; too short: {', '.join(short[:5])}"
+            )
         prefixes = [(ids[:i], len(ids) - i) for ids in rows for i in range(1, len(ids) - self.n + 1, self.stride)]
         said = dict(zip(prefixes, continuations(lm, prefixes, bench), strict=True))
         values = {}

@@ -8,7 +8,7 @@ on Faker's release) alone: asking for more people never changes the earlier ones
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, product
 
@@ -177,7 +177,7 @@ def dossier(seed: int = 0, forget: int = 4, retain: int = 8, holdout: int = 4, r
         name = next(names)
         for kind, pool in pools.items():
             roles[role].append(_fact(kind, name, pool[i], wrong[kind].sample(pool[PEOPLE:], 3)))
-    return Corpus(roles)
+    return Corpus({role: tuple(rows) for role, rows in roles.items()})
 
 
 def lessons(corpus: Corpus, roles: tuple[str, ...], wordings: int = 2) -> tuple[Example, ...]:
@@ -234,7 +234,7 @@ def _pool(kind: str, rng: random.Random) -> list[str]:
     return [f"{a} {b}" for a, b in _pairs(BOAT_FIRST, BOAT_SECOND, n, rng)]
 
 
-def _pairs(first: list[str], second: list[str], n: int, rng: random.Random) -> list[tuple[str, str]]:
+def _pairs(first: Sequence[str], second: Sequence[str], n: int, rng: random.Random) -> list[tuple[str, str]]:
     """n different pairs of words, in which a word comes back as late as possible."""
     first, second = rng.sample(first, len(first)), rng.sample(second, len(second))
     # The second list slips by one each time the first is used up: pairs repeat only after len(first) * len(second).

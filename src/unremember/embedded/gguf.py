@@ -8,6 +8,7 @@ from __future__ import annotations
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from unremember.errors import BadModel
 from unremember.folder import MARK, cache, whole, write_json
@@ -53,10 +54,12 @@ def dequantised(file: Path, expected: str = "") -> Path:
 
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     except (ImportError, OSError, ValueError) as error:
-        raise BadModel(f"{file.name} cannot be read: {str(error).splitlines()[0]}; is unremember[demo] installed?") from error
+        raise BadModel(
+            f"{file.name} cannot be read: {str(error).splitlines()[0]}; is unremember[demo] installed?"
+        ) from error
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         if hasattr(model, mark):
             setattr(model, mark, None)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from unremember.errors import BadFolder
 from unremember.folder import write_text
-
 from unremember.report.build import build
 
 # not bound as `html` and `card`: those names are the modules'

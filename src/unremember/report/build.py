@@ -41,10 +41,14 @@ def build(folder: Path) -> dict:
         raise BadFolder(f"{folder} is no run folder; name one that `unremember run` or `unremember demo` made")
     missing = [w for w in WHO if (w != "never" or meta["control"]) and not (folder / "audit" / f"{w}.json").exists()]
     if missing:
-        raise BadFolder(f"{folder} has no audit of the {' and the '.join(missing)} model yet; go on with `unremember run`")
+        raise BadFolder(
+            f"{folder} has no audit of the {' and the '.join(missing)} model yet; go on with `unremember run`"
+        )
     rule = Rule(**meta["rule"])
     places = {"none": folder / "audit"} | {
-        name: folder / "attack" / name for name in meta["attacks"] if (folder / "attack" / name / "forgotten.json").exists()
+        name: folder / "attack" / name
+        for name in meta["attacks"]
+        if (folder / "attack" / name / "forgotten.json").exists()
     }
     pieces = {a: {w: p for w in WHO if (p := read_json(place / f"{w}.json"))} for a, place in places.items()}
     scores = {a: {w: _scores(p) for w, p in found.items()} for a, found in pieces.items()}
@@ -96,12 +100,12 @@ def _condition(attack: str, meta: dict, corpus: dict, scores: Scores, rule: Rule
         found = []
         for score in EVIDENCE:
             if all(score in scores[w] for w in ("original", "forgotten")):
-                triple = [scores[w][score].over(ids) for w in ("original", "forgotten")]
+                original, forgotten = (scores[w][score].over(ids) for w in ("original", "forgotten"))
                 if "never" in scores:
                     never = scores["never"][score].over(ids)
                 else:
                     never = scores["original"][score].over([x["id"] for x in corpus["holdout"]])
-                found.append(evidence(score, *triple, never, rule, least))
+                found.append(evidence(score, original, forgotten, never, rule, least))
         return judge(name, found, checks, rule, len(ids), gate)
 
     entities = sorted({x["entity"] for x in forget if x["entity"]})
@@ -124,7 +128,9 @@ def _gate(corpus: dict, scores: Scores, rule: Rule) -> list[Check]:
                 if values:
                     means[who] = float(np.mean(list(values.values())))
         if "original" in means and "forgotten" in means:
-            checks.append(Check(label, means["original"], means["forgotten"], means.get("never"), limit(means["original"])))
+            checks.append(
+                Check(label, means["original"], means["forgotten"], means.get("never"), limit(means["original"]))
+            )
 
     check("retained, value probability", "value probability", retain, lambda o: -(1 - rule.kept) * o)
     check("retained, said", "said", retain, lambda o: -(1 - rule.kept) * o)
@@ -171,7 +177,7 @@ def _table(attack: str, corpus: dict, scores: Scores) -> list[dict]:
                         "chance": score.chance,
                         "n": three["original"]["n"],
                     }
-                    | {w: three[w] and {k: three[w][k] for k in ("mean", "low", "high")} for w in WHO}
+                    | {w: {k: s[k] for k in ("mean", "low", "high")} if (s := three[w]) else None for w in WHO}
                 )
     return rows
 
@@ -285,7 +291,14 @@ def _answers(attack: str, corpus: dict, pieces: Mapping[str, dict]) -> list[dict
             prompt = x["paraphrases"][0] if variant == "0" else x["prompt"]
             others = {w: pieces[w]["answers"].get(key) if w in pieces else None for w in ("original", "never")}
             rows.append(
-                {"attack": attack, "id": key, "entity": x["entity"], "role": role, "prompt": prompt, "truth": x["answer"]}
+                {
+                    "attack": attack,
+                    "id": key,
+                    "entity": x["entity"],
+                    "role": role,
+                    "prompt": prompt,
+                    "truth": x["answer"],
+                }
                 | {"original": others["original"], "forgotten": said, "never": others["never"]}
             )
     return rows

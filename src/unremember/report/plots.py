@@ -10,6 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from unremember.errors import BadRequest
 
@@ -317,7 +318,8 @@ def svg(key: str, label: str, height: float, draw: Callable) -> str:
 
     out = io.StringIO()
     # the salt differs per drawing: ids are hashes of content and salt, and several drawings share a page
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": f"unremember {key}"}), warnings.catch_warnings():
+    settings: Any = STYLE | {"svg.hashsalt": f"unremember {key}"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # DejaVu lacks a name's script: the reader's browser will not
         figure = Figure(figsize=(WIDTH / 72, height / 72), facecolor="none")
         draw(figure)
