@@ -139,7 +139,7 @@ def test_all_problems_are_printed(said, place):
         (("report", "."), "is no run folder"),
         (("report", "none"), "is no run folder"),
         (("demo", "--preset", "tni"), "unknown preset 'tni'; did you mean 'tiny'?"),
-        (("demo", "--seed", "x"), "'x' is not a valid int"),
+        (("demo", "--seed", "x"), "Invalid value for '--seed'"),
         (("run", "request.toml", "--set", "x"), "write it as section.key=value"),
         (("run", "request.toml", "--out", "retain.jsonl"), "is a file, not a folder"),
         (("run", "request.toml", "--out", "."), "holds files that are not ours"),
@@ -150,7 +150,7 @@ def test_all_problems_are_printed(said, place):
 )
 def test_bad_input_exits_with_2_and_no_traceback(arguments, part, said, place):
     code, _, err = said(*arguments)
-    assert code == 2 and part in err.replace("integer", "int") and "Traceback" not in err
+    assert code == 2 and part in err and "Traceback" not in err
 
 
 def test_other_errors_of_ours_have_codes_of_their_own(said, place, monkeypatch):
@@ -213,4 +213,5 @@ def test_ctrl_c_says_that_it_goes_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Interrupted." in err and "the same command again goes on from there" in err and "Traceback" not in err
+    told = " ".join(err.split())
+    assert "Interrupted." in told and "the same command again goes on from there" in told and "Traceback" not in told

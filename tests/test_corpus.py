@@ -61,10 +61,11 @@ def test_an_unknown_role_is_named_with_the_allowed_ones():
     assert "'forgt'" in problem and all(role in problem for role in ROLES)
 
 
-def test_ids_are_unique_in_a_role_and_free_between_roles():
+def test_ids_are_unique_in_a_corpus():
     [problem] = problems(forget=[ADA, replace(BOB, id="ada")])
     assert "'ada' occurs twice" in problem
-    assert len(Corpus({"forget": [ADA], "retain": [replace(BOB, id="ada")]})) == 2
+    [problem] = problems(forget=[ADA], retain=[replace(BOB, id="ada")])
+    assert "'ada' occurs twice" in problem
 
 
 @pytest.mark.parametrize("role", ["retain", "holdout", "relearn", "replay"])
@@ -74,7 +75,7 @@ def test_nothing_is_both_forgotten_and_kept(role):
 
 
 def test_the_same_prompt_with_another_answer_is_no_contradiction():
-    Corpus({"forget": [ADA], "retain": [replace(ADA, answer="Ada was born in 1816.")]})
+    Corpus({"forget": [ADA], "retain": [replace(ADA, id="else", answer="Ada was born in 1816.")]})
 
 
 def test_all_problems_come_together():

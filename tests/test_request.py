@@ -42,8 +42,7 @@ def saved(tiny, tmp_path_factory) -> Path:
 def place(saved, corpus, tmp_path, monkeypatch) -> Path:
     """The working folder: a model, four corpus files and the request that names them."""
     monkeypatch.chdir(tmp_path)
-    for role in ("world", "replay"):  # to encode all of them again for each test takes time
-        monkeypatch.setattr(f"unremember.embedded.world.{role}", lambda rows=corpus[role][:3]: rows)
+    monkeypatch.setattr("unremember.embedded.world.world", lambda: corpus["world"][:3])  # encoding all takes time
     (tmp_path / "model").symlink_to(saved)
     for role in ("forget", "retain", "holdout", "relearn"):
         write_jsonl(corpus[role], tmp_path / f"{role}.jsonl")
@@ -96,7 +95,7 @@ def test_a_good_request_becomes_what_it_says(ask, corpus):
     wanted = ask("run.seed=7", "forget.beta=0.5", "rule.tolerance=0.1", 'forget.sites=["*mlp*"]', "forget.lora.rank=4")
     assert (wanted.name, wanted.out, wanted.model, wanted.seed) == ("test", Path("runs/test"), "model", 7)
     assert all(wanted.corpus[role] == corpus[role] for role in ("forget", "retain", "holdout", "relearn"))
-    assert wanted.corpus["world"] and wanted.corpus["prose"] and wanted.corpus["replay"]
+    assert wanted.corpus["world"] and wanted.corpus["prose"]
     assert (wanted.method_name, wanted.method.beta, wanted.method.plan.stop) == ("npo", 0.5, "probability")
     assert wanted.rule.tolerance == 0.1 and wanted.sites == ("*mlp*",) and wanted.lora.rank == 4
     assert list(wanted.attacks) == ["rephrase", "relearn"]
@@ -125,7 +124,8 @@ def test_the_template_passes_once_its_files_are_there(place):
     assert wanted.method_name == "npo" and list(wanted.attacks) == ["rephrase"] and not wanted.control
 
 
-def test_every_line_of_the_template_that_is_commented_out_is_right_too(place):
+def test_every_line_of_the_template_that_is_commented_out_is_right_too(place, corpus):
+    write_jsonl(corpus["replay"], place / "replay.jsonl")
     text = TEMPLATE.replace("path/to/model", "model").replace("path/to/control", "model")
     text = text.replace('["model.layers.1?.mlp.*"]', '["*mlp*"]')
     lines = [

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unremember.score import (
@@ -151,6 +151,7 @@ def test_the_gap_and_the_count_are_the_rules():
 shares = st.floats(0, 1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.5, 1), shares, st.floats(0, 0.3)), min_size=3, max_size=30), st.booleans())
 def test_the_interval_holds_r(rows, paired):
     keys = [str(i) for i in range(len(rows))]
