@@ -58,7 +58,9 @@ def test_likelihoods_by_hand():
 
 def test_moments_by_hand():
     p = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]])
-    mean, sd = moments(p.log())
+    own, hit, mean, sd = moments(p.log(), torch.tensor([0, 2]))
+    torch.testing.assert_close(own, torch.tensor([0.5, 1 / 3]).log())
+    assert hit.tolist() == [True, False]
     log2 = math.log(2)
     # log p is -log 2 or -2 log 2, each with probability 1/2: mean -1.5 log 2, deviation 0.5 log 2
     torch.testing.assert_close(mean, torch.tensor([-1.5 * log2, -math.log(3)]))
@@ -66,7 +68,8 @@ def test_moments_by_hand():
 
 
 def test_moments_with_zero_probabilities():
-    mean, sd = moments(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log())
+    logits = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
+    _, _, mean, sd = moments(logits, torch.tensor([0, 0]))
     torch.testing.assert_close(mean, torch.tensor([-math.log(2), 0.0]))
     torch.testing.assert_close(sd, torch.tensor([0.0, 0.0]), atol=1e-3, rtol=0)
 

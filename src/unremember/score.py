@@ -233,7 +233,9 @@ def judge(
     for x, r, low, _ in (x for x in ranked if x[0].score not in STRONG):
         if r > rule.tolerance and low > 0:  # guessing well is not yet knowing
             return verdict(REMEMBERED, f"{r:.0%} of the {x.score} is left (at most {rule.tolerance:.0%} is allowed)")
-    x, r, *_ = ranked[0]
+    x, r, low, _ = ranked[0]
+    if r > rule.tolerance:
+        return verdict(FORGOTTEN, f"{r:.0%} on {x.score} cannot be told from none (its interval begins at {low:.0%})")
     return verdict(FORGOTTEN, f"at most {max(r, 0):.0%} is left on any score ({x.score})")
 
 

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from torch import Tensor
 
 from unremember import team
 from unremember.bench import BENCH, Bench
 from unremember.folder import fingerprint
 from unremember.lm import LM
 from unremember.tokens import Row, pack, packs
+
+ROWS = 32  # positions at a time
+FLOOR = -1e4  # nats below the likeliest token
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,25 @@ class Reading:
         return float(self.logp[self.span].sum() if part == "span" else self.logp.sum())
 
 
-def moments(logp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of log p(v) under p itself. logp: (N, V) normalised -> (N,), (N,)"""
-    p = logp.exp()
-    mean = (p * logp).nan_to_num(nan=0.0).sum(-1)  # 0 · log 0 = 0
-    square = (p * logp.square()).nan_to_num(nan=0.0).sum(-1)
-    return mean, (square - mean.square()).clamp(min=0).sqrt()
+def moments(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a score table holds of each position. logits: (N, V) float32, overwritten; target: (N,)
+
+    -> (N,) each: log p(target), whether target is the arg-max, mean and standard deviation of log p(v) for v ~ p.
+    Goes through the positions a few at a time, so that the work stays in the processor's cache.
+    """
+    parts = []
+    for z, wanted in zip(logits.split(ROWS), target.split(ROWS), strict=True):
+        top = z.max(-1, keepdim=True)
+        hit = top.indices[:, 0] == wanted
+        z.sub_(top.values).clamp_(min=FLOOR)  # so that 0 · log 0 = 0
+        own = z.gather(1, wanted[:, None])[:, 0]
+        weight = z.exp()
+        total = weight.sum(-1)
+        weight.mul_(z)
+        mean, square = weight.sum(-1) / total, torch.linalg.vecdot(weight, z) / total
+        parts.append((own - total.log(), hit, mean - total.log(), (square - mean.square()).clamp(min=0).sqrt()))
+    own, hit, mean, sd = (torch.cat(column) for column in zip(*parts, strict=True))
+    return own, hit, mean, sd
 
 
 @torch.no_grad()  # not inference_mode: sharded weights that were gathered in it cannot be trained afterwards
@@ -63,13 +79,8 @@ def read(lm: LM, rows: Sequence[Row], bench: Bench = BENCH) -> list[Reading]:
     with lm.lowered():
         for done, group in enumerate(mine):
             tokens = pack(group).to(lm.device)
-            logits = lm.logits(tokens).float()
-            logp = F.log_softmax(logits, -1)
-            mean, sd = moments(logp)
-            own = logp.gather(1, tokens.target[:, None])[:, 0]
-            columns = [
-                x.cpu().numpy() for x in (tokens.row, own, logits.argmax(-1) == tokens.target, mean, sd, tokens.span)
-            ]
+            found_here = moments(lm.logits(tokens).float(), tokens.target)
+            columns = [x.cpu().numpy() for x in (tokens.row, *found_here, tokens.span)]
             keep = tokens.answer.cpu().numpy()
             row, *values = (column[keep] for column in columns)
             if not np.isfinite(values[0]).all():

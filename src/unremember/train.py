@@ -144,7 +144,10 @@ def train(
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
         sums = team.total(sums)
-        reached: Any = torch.nn.utils.clip_grad_norm_(weights, plan.clip or float("inf"))
+        gradients = [w.grad for w in weights if w.grad is not None]
+        reached: Any = torch.nn.utils.get_total_norm(gradients)
+        if plan.clip:
+            torch.nn.utils.clip_grads_with_norm_(weights, plan.clip, reached)
         norm = float(reached.full_tensor() if hasattr(reached, "full_tensor") else reached)
         if not np.isfinite([norm, *sums.values()]).all():
             raise Diverged(step + 1, sums | {"gradient norm": norm})

@@ -1,7 +1,7 @@
 """Ask differently: paraphrased questions and gap sentences that no training step has seen.
 
 Each fact is asked in `wordings` other ways and once as a gap to fill; a score of a fact is then that of its best wording
-(any-of-m), for all three models alike.  Lynch et al. 2024 (arXiv 2402.16835), Patil et al. 2023.
+(any-of-m), for all three models alike.  Retained facts, which only measure what else was lost, are asked in one other way.  Lynch et al. 2024 (arXiv 2402.16835), Patil et al. 2023.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Rephrase:
         for role in ("forget", "retain", "holdout"):
             variants: list[Example] = []
             for x in corpus.of(role):
-                variants += [
-                    replace(x, id=f"{x.id}#{i}", prompt=p) for i, p in enumerate(x.paraphrases[: self.wordings])
-                ]
-                variants += [gap] if (gap := cloze(x)) else []
+                asks = x.paraphrases[: self.wordings if role != "retain" else 1]
+                variants += [replace(x, id=f"{x.id}#{i}", prompt=p) for i, p in enumerate(asks)]
+                if role != "retain" and (gap := cloze(x)):
+                    variants.append(gap)
             if variants:
                 asked[role] = tuple(variants)
         return lm, Corpus({**corpus, **asked})
