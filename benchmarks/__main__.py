@@ -81,8 +81,8 @@ def ours(lm: LM, pools: dict[str, list[Row]], ascent: bool = False):
     corpus = people.with_roles(forget=people["forget"][:ROWS], retain=people["retain"][:ROWS])
     plan = Plan(steps=1, lr=1e-6)
     _, keep = keeping(lm, corpus, 0.0 if ascent else 1.0, 0.0)
-    used = {"forget": pools["forget"]} if ascent else pools
-    reference = {row.key: 10.0 for row in pools["forget"]}
+    used = {"forget": pools["forget"] + pools["retain"]} if ascent else pools  # as many rows a step
+    reference = {row.key: 10.0 for row in used["forget"]}
     optimiser = torch.optim.AdamW(lm.model.parameters(), lr=1e-6, fused=True)
 
     def step():

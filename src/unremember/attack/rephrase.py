@@ -1,7 +1,8 @@
 """Ask differently: paraphrased questions and gap sentences that no training step has seen.
 
 Each fact is asked in `wordings` other ways and once as a gap to fill; a score of a fact is then that of its best wording
-(any-of-m), for all three models alike.  Retained facts, which only measure what else was lost, are asked in one other way.  Lynch et al. 2024 (arXiv 2402.16835), Patil et al. 2023.
+(any-of-m), for all three models alike.  Retained facts, which only measure what else was lost, are asked in one
+other way.  Lynch et al. 2024 (arXiv 2402.16835), Patil et al. 2023.
 """
 
 from __future__ import annotations
