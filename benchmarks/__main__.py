@@ -1,7 +1,7 @@
 """`make bench`: ratios within one run, on the real default model and the dossier.
 
 step    one NPO + retain step (16 + 16 rows) against a straightforward Hugging Face loop in the same precision
-memory  peak memory of that step against one of gradient ascent
+memory  peak memory of that step against one of gradient ascent over as many rows
 audit   every likelihood audit's table against a bare forward pass over the same rows
 """
 
