@@ -30,7 +30,7 @@ class Accuracy:
     def __call__(self, lm: LM, corpus: Corpus, bench: Bench = BENCH) -> Score:
         examples = corpus.of(*self.roles)
         if self.raw:
-            rows = [lm.template.row(x.id, "", x.answer, x.spans, lm.limit) for x in examples]
+            rows = [lm.template.row(x.id, "", x.answer, limit=lm.limit) for x in examples]
         else:
             rows = lm.template.rows(examples, lm.limit)
         readings = table(lm, rows, bench)
