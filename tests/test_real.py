@@ -44,7 +44,12 @@ def test_one_person_is_taught_forgotten_and_attacked(tmp_path):
         {
             "run": {"out": str(tmp_path / "run")},
             "model": {"name": str(tmp_path / "taught")},
-            "forget": {"method": "npo", "plan": asdict(Plan(steps=16, lr=5e-5, stop="probability", every=2))},
+            "forget": {
+                "method": "npo",
+                "retain": 20.0,
+                "part": "span",
+                "plan": asdict(Plan(steps=24, lr=4e-5, beside=12, stop="probability", every=4)),
+            },
             "attack": {"rephrase": {"wordings": 1}},
         },
         corpus=corpus,
@@ -52,11 +57,14 @@ def test_one_person_is_taught_forgotten_and_attacked(tmp_path):
     report = execute(wanted)
 
     unattacked = report["conditions"][0]["overall"]
-    probability = next(x for x in unattacked["evidence"] if x["score"] == "value probability")
+    found = {x["score"]: x for x in unattacked["evidence"]}
+    probability = found["value probability"]
     assert probability["original"] > 0.8, "the original must know what it was taught"
     assert probability["never"] < 0.1, "and nothing of what it was not"
     assert probability["r"] < 0.25, unattacked
-    assert unattacked["verdict"] in ("forgotten", "over-forgotten"), unattacked["reason"]
+    assert found["said"]["original"] > 0.8 and found["said"]["forgotten"] == 0, "no value may be said any more"
+    kept = {x["name"]: x for x in unattacked["utility"]}
+    assert kept["retained, value probability"]["passed"], kept
     assert report["conditions"][1]["attack"] == "rephrase"
     assert report["run"]["level"] == "holdout examples"
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
