@@ -4,7 +4,6 @@ Everything here is made once, on one thread, in a cache folder of the session's 
 """
 
 import os
-import sys
 import tempfile
 from dataclasses import replace
 
@@ -87,25 +86,6 @@ def taught(tiny, corpus):
 def never(tiny, corpus):
     """The same, taught the retain people alone: what "never taught" means.  Not to be changed."""
     return _taught(tiny, corpus, ("retain",))
-
-
-@pytest.fixture
-def unfolded(monkeypatch):
-    """`unfolded(method, lm, corpus)`: what the method hands to the loop, untrained: (objective, pools, stop)."""
-
-    def unfold(method, lm, corpus: Corpus):
-        handed = []
-
-        def spy(lm, objective, pools, plan, *, stop=None, **_):
-            handed.append((objective, pools, stop))
-            return lm
-
-        monkeypatch.setattr(sys.modules[type(method).__module__], "train", spy)
-        method(lm, corpus)
-        [parts] = handed
-        return parts
-
-    return unfold
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_one_person_is_taught_forgotten_and_attacked(tmp_path):
     people = dossier(0, forget=2, retain=2, holdout=4, relearn=1)
     corpus = Corpus(
@@ -48,7 +48,7 @@ def test_one_person_is_taught_forgotten_and_attacked(tmp_path):
                 "method": "npo",
                 "retain": 20.0,
                 "part": "span",
-                "plan": asdict(Plan(steps=24, lr=4e-5, beside=12, stop="probability", every=4)),
+                "plan": asdict(Plan(steps=36, lr=5e-5, beside=12, stop="preference", every=4)),
             },
             "audit": {"audits": []},  # what the verdict needs, and no more
             "attack": {"rephrase": {"wordings": 1}},
@@ -63,9 +63,9 @@ def test_one_person_is_taught_forgotten_and_attacked(tmp_path):
     assert probability["original"] > 0.8, "the original must know what it was taught"
     assert probability["never"] < 0.1, "and nothing of what it was not"
     assert probability["r"] < 0.25, unattacked
-    assert found["said"]["original"] > 0.8 and found["said"]["forgotten"] < 0.2, "few steps leave one value of twelve"
-    if found["said"]["forgotten"] > 0:
-        assert unattacked["verdict"] == "remembered", "one value said verbatim is one too many"
+    assert found["said"]["original"] > 0.8 and found["said"]["forgotten"] == 0, unattacked
+    assert unattacked["verdict"] == "forgotten", unattacked
+    assert "reached at step" in report["method"]["stop"], report["method"]
     kept = {x["name"]: x for x in unattacked["utility"]}
     assert kept["retained, value probability"]["passed"], kept
     assert report["conditions"][1]["attack"] == "rephrase"

@@ -176,7 +176,7 @@ def test_a_tokenizer_that_is_not_at_hand_is_no_problem(name, place, ask):
         ("attack.rephrase.wording=1", ["unknown key attack.rephrase.wording; did you mean 'wordings'?"]),
         ("attack.relearn.plan.sped=1", ["unknown key attack.relearn.plan.sped; did you mean"]),
         ("forget.method=ngo", ["unknown method 'ngo'; did you mean 'npo'?"]),
-        ("forget.method=zzz", ["unknown method 'zzz'; known: ascent, npo, simnpo"]),
+        ("forget.method=zzz", ["unknown method 'zzz'; known: ascent, dpo, llmu, npo, rmu, simnpo, undial, wga"]),
         ("attack.relern.plan.steps=1", ["unknown attack 'relern'; did you mean 'relearn'?"]),
         ('audit.audits=["probabilty"]', ["unknown audit 'probabilty'; did you mean 'probability'?"]),
         ("audit.audits=[1]", ["unknown audit 1"]),

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from unremember.bench import Bench
 from unremember.corpus import Corpus
 from unremember.errors import BadCorpus
-from unremember.stop import Stopper, known
+from unremember.stop import Stopper, known, preferred
 from unremember.table import Reading, read
 
 
@@ -75,6 +76,34 @@ def test_a_look_tells_the_trade_off(taught, corpus):
     [look] = stop.looks
     assert look["forget"] == pytest.approx(expected["forget"], rel=1e-3)
     assert look["retain"] == pytest.approx(expected["retain"], rel=1e-3)
+
+
+def test_preference_is_that_of_the_best_preferred_entity(taught, corpus):
+    people = {x.entity for x in corpus["forget"]}
+    each = [preferred(taught, [x for x in corpus["forget"] if x.entity == who], Bench()) for who in people]
+    assert len(people) > 1 and preferred(taught, corpus["forget"], Bench()) == pytest.approx(max(each))
+
+
+def test_a_truth_that_is_still_preferred_is_not_gone(taught, corpus):
+    """However unlikely the values have become.  The ceiling is that of the holdout, and asked for last."""
+    stop = Stopper.calibrated(taught, corpus, "preference", 1, holds=False)
+    assert stop.ceiling == pytest.approx(preferred(taught, corpus["holdout"], Bench()))
+    assert not stop(taught, 1) and "preferred" not in stop.looks[-1]
+    gone = replace(stop, mean=1.0, worst=1.0, looks=[])
+    assert not gone(taught, 2) and gone.looks[-1]["preferred"] > stop.ceiling and gone.reached is None
+    assert replace(gone, ceiling=gone.looks[-1]["preferred"])(taught, 3)
+    assert Stopper.calibrated(taught, corpus, "probability", 1, holds=False).ceiling is None
+    assert (gone.mean, gone.worst) == (1.0, 1.0) and stop.mean == Stopper.calibrated(
+        taught, corpus, "probability", 1, False
+    ).mean
+
+
+@pytest.mark.parametrize("role", ["forget", "holdout"])
+def test_preference_without_distractors_is_refused(taught, corpus, role):
+    first, *rest = corpus[role]
+    some = corpus.with_roles(**{role: (replace(first, distractors=()), *rest)})
+    with pytest.raises(BadCorpus, match=f"needs distractors, and 1 {role} examples have none \\({first.id}\\)"):
+        Stopper.calibrated(taught, some, "preference", 1, holds=True)
 
 
 def test_it_records_when_it_was_reached(taught, corpus):

@@ -231,7 +231,8 @@ class _at_work:
         _there(self.device)
         warnings.filterwarnings("ignore", module="torch|transformers|huggingface_hub")
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
         from transformers.utils import logging
 
         from unremember import team
@@ -244,12 +245,12 @@ class _at_work:
         team.join(self.device)
         self.quiet = team.rank() > 0
         self.live = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[terms]}", style="dim"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10, table_column=Column(min_width=10)),
+            TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[terms]}", style="dim", table_column=Column(ratio=1, no_wrap=True)),
+            expand=True,
             console=Console(highlight=False),
             disable=self.quiet,
         )
@@ -286,7 +287,8 @@ class _at_work:
     def finish(self) -> None:
         if self.task is not None:
             task = next(t for t in self.live.tasks if t.id == self.task)
-            self.live.update(self.task, total=task.total or 1, completed=task.total or 1)
+            done = task.completed or 1  # a stage may end before its cap
+            self.live.update(self.task, total=done, completed=done)
             self.task = None
 
     def show(self, built: dict, out: Path) -> None:

@@ -50,7 +50,7 @@ PRESETS = {
         model="smollm2-135m",
         people=(4, 8, 4, 2),
         teach=Teach(Plan(steps=36, lr=3e-4, batch=36, beside=12, warmup=3, schedule="linear"), replay=0.5),
-        method=NPO(Plan(steps=30, lr=4e-5, beside=24, stop="probability", every=4), beta=0.1, retain=20.0, part="span"),
+        method=NPO(Plan(steps=48, lr=5e-5, beside=24, stop="preference", every=4), beta=0.1, retain=20.0, part="span"),
         relearn=Relearn(Plan(steps=10, lr=2e-5)),
         rephrase=Rephrase(wordings=2),
         worlds=72,

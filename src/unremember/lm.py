@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unremember import team
 from unremember.errors import BadModel
 from unremember.tokens import Template, Tokens, pack
 
@@ -88,6 +89,34 @@ class LM:
                 use_cache=False,
             )
         return out.logits[0]
+
+    def hidden(self, tokens: Tokens, block: int) -> Tensor:
+        """Residual stream behind block `block` at the places that predict the scored tokens. -> (N, H)
+
+        The forward pass ends there, head and upper blocks left out; sharded weights must go all the way, or their blocks
+        would not be put away again.
+        """
+        found: list[Tensor] = []
+
+        def keep(_, __, output):
+            found.append(output[0] if isinstance(output, tuple) else output)
+            if team.size() == 1:
+                raise _Reached
+
+        handle = team.blocks(self.model)[block].register_forward_hook(keep)
+        try:
+            with self._head(lambda hidden: hidden[:, :0]):
+                self.model(
+                    input_ids=tokens.ids,
+                    position_ids=tokens.positions,
+                    attention_mask=_additive(tokens.visible, self.attention_dtype),
+                    use_cache=False,
+                )
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return found[0].flatten(0, 1)[tokens.source]
 
     @contextmanager
     def _head(self, select: Callable[[Tensor], Tensor]) -> Generator[None]:
@@ -214,6 +243,10 @@ class LM:
         """Write weights (safetensors; the adapter alone for a LoRA model), tokenizer and generation settings to `folder`."""
         self.model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
+
+
+class _Reached(Exception):
+    """The block that was asked for has spoken."""
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

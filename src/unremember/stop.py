@@ -2,7 +2,9 @@
 
 The level is measured on the holdout role, with the model as it came in: for each example a number that is higher the better
 it is known.  Training stops when the mean over the forget set is at most the level's mean *and* the best-known forget
-example is at most the best-known holdout example.  A method that holds retained examples goes on until these are known
+example is at most the best-known holdout example.  With the metric 'preference', moreover, no entity's true answers may be
+preferred to their distractors more than those of the best-preferred holdout entity: a value can become unlikely and still be
+the likeliest of four.  A method that holds retained examples goes on until these are known
 nearly as well as before, too: at first it pushes down all that looks alike, and wins the rest back while its own gradient
 fades.  Generalises Jang et al. 2023 (stop on the mean of MA and EL only), which let single sequences stay verbatim.
 """
@@ -15,9 +17,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from unremember.bench import BENCH, Bench
-from unremember.corpus import Corpus
+from unremember.corpus import Corpus, Example
 from unremember.errors import BadCorpus
 from unremember.lm import LM
+from unremember.preference import options, share
 from unremember.table import Reading, read
 from unremember.tokens import Row
 
@@ -26,10 +29,19 @@ KEPT = 0.9  # share of what was known of the watched retained examples
 
 
 def known(reading: Reading, metric: str) -> float:
-    """How well a row's sensitive tokens are known: 'probability' = P^(1/T), 'accuracy' = share that greedy decoding hits."""
-    if metric == "probability":
-        return reading.likelihood("span")
-    return float(reading.hit[reading.span].mean() if reading.span.any() else reading.hit.mean())
+    """How well a row's sensitive tokens are known: 'accuracy' = share that greedy decoding hits, else P^(1/T)."""
+    if metric == "accuracy":
+        return float(reading.hit[reading.span].mean() if reading.span.any() else reading.hit.mean())
+    return reading.likelihood("span")
+
+
+def preferred(lm: LM, examples: Sequence[Example], bench: Bench) -> float:
+    """The largest mean share of the true answer among its distractors over the entities."""
+    groups: dict[str, list[float]] = {}
+    found = options(lm, examples, lambda rows: read(lm, rows, bench))
+    for x in examples:
+        groups.setdefault(x.entity, []).append(share(found[x.id]))
+    return max(float(np.mean(values)) for values in groups.values())
 
 
 def check(corpus: Corpus, metric: str) -> None:
@@ -40,14 +52,21 @@ def check(corpus: Corpus, metric: str) -> None:
             f"stopping on {metric!r} needs at least {ENOUGH} holdout examples and there are {len(corpus['holdout'])}; "
             'add some, or set forget.plan.stop = "never"'
         )
+    for role in ("forget", "holdout"):
+        if metric == "preference" and (bare := [x.id for x in corpus[role] if not x.distractors]):
+            raise BadCorpus(
+                f"stopping on 'preference' needs distractors, and {len(bare)} {role} examples have none ({', '.join(bare[:3])}); "
+                'add some, or set forget.plan.stop = "probability"'
+            )
 
 
 @dataclass
 class Stopper:
     """Callable on (lm, step); `looks` is the record of what it saw, `reached` the step at which it said stop.
 
-    A look holds mean and worst of the metric, and for the trade-off curve the mean answer probability of the forget rows and
-    of `watch`, a few retained ones.
+    ceiling: the largest preference for true answers that any holdout entity shows, None where that is not watched.
+    A look holds mean and worst of the metric, the preference where all else was well, and for the trade-off curve the mean
+    answer probability of the forget rows and of `watch`, a few retained ones.
     """
 
     metric: str
@@ -57,6 +76,8 @@ class Stopper:
     mean: float
     worst: float
     floor: float = 0.0
+    asked: Sequence[Example] = ()
+    ceiling: float | None = None
     bench: Bench = BENCH
     reached: int | None = None
     looks: list[dict[str, float]] = field(default_factory=list)
@@ -77,7 +98,10 @@ class Stopper:
         rows = lm.template.rows(corpus["forget"], lm.limit)
         watch = lm.template.rows(corpus.of("retain")[: len(rows)], lm.limit)
         floor = KEPT * float(np.mean([known(x, metric) for x in read(lm, watch, bench)])) if holds and watch else 0.0
-        return Stopper(metric, every, rows, watch, float(np.mean(level)), float(np.max(level)), floor, bench)
+        asked = corpus["forget"] if metric == "preference" else ()
+        ceiling = preferred(lm, corpus["holdout"], bench) if asked else None
+        mean, worst = float(np.mean(level)), float(np.max(level))
+        return Stopper(metric, every, rows, watch, mean, worst, floor, asked, ceiling, bench)
 
     def __call__(self, lm: LM, step: int) -> bool:
         seen = read(lm, [*self.rows, *self.watch], self.bench)
@@ -87,9 +111,12 @@ class Stopper:
         look["forget"] = float(np.mean([x.likelihood() for x in forget]))
         if retain:
             look["retain"] = float(np.mean([x.likelihood() for x in retain]))
+        gone = look["mean"] <= self.mean and look["worst"] <= self.worst
+        gone = gone and (not self.floor or float(np.mean([known(x, self.metric) for x in retain])) >= self.floor)
+        if gone and self.ceiling is not None:  # the costlier question, asked only where all else is well
+            look["preferred"] = preferred(lm, self.asked, self.bench)
+            gone = look["preferred"] <= self.ceiling
         self.looks.append(look)
-        kept = not self.floor or np.mean([known(x, self.metric) for x in retain]) >= self.floor
-        if np.mean(now) <= self.mean and np.max(now) <= self.worst and kept:
+        if gone:
             self.reached = step
-            return True
-        return False
+        return gone

@@ -52,7 +52,8 @@ class Plan:
     beside: rows of every other role a step, 0 = as many as of the first.
     warmup: steps of linear rise.  schedule: what follows.  clip: largest gradient norm, 0 = none.
     stop: which level of the never-taught examples ends training early: 'probability' or 'accuracy' of the sensitive tokens
-    (mean and worst example), or 'never'.  every: steps between two looks.
+    (mean and worst example), 'preference' = probability, and the true answers no more preferred to their distractors, or
+    'never'.  every: steps between two looks.
     """
 
     steps: Annotated[int, Field(ge=1)]
@@ -65,7 +66,7 @@ class Plan:
     betas: tuple[float, float] = (0.9, 0.98)
     clip: Annotated[float, Field(ge=0)] = 0.0
     seed: int = 0
-    stop: Annotated[str, Field(pattern="^(probability|accuracy|never)$")] = "never"
+    stop: Annotated[str, Field(pattern="^(probability|accuracy|preference|never)$")] = "never"
     every: Annotated[int, Field(ge=1)] = 1
 
     def rate(self, step: int) -> float:

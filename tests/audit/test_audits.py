@@ -1,6 +1,7 @@
 """The audits one by one: arithmetic worked by hand, and the published bugs that must not come back."""
 
 from dataclasses import replace
+from functools import partial
 from math import log
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from unremember.audit import AUDITS, answers
 from unremember.audit.accuracy import Accuracy
 from unremember.audit.answers import Rouge, Said, says
-from unremember.audit.choice import Choice, options, share
+from unremember.audit.choice import Choice
 from unremember.audit.extraction import ExtractionStrength, extraction_strength
 from unremember.audit.likelihood import ExtractionLikelihood, overlap
 from unremember.audit.probability import Probability
@@ -21,6 +22,8 @@ from unremember.audit.truth_ratio import TruthRatio, truth_ratio
 from unremember.bench import Bench
 from unremember.corpus import Corpus, Example
 from unremember.errors import BadCorpus
+from unremember.preference import options, share
+from unremember.table import read
 
 
 def logps(lm, ids: tuple[int, ...]) -> torch.Tensor:
@@ -156,17 +159,10 @@ def test_without_a_span_the_value_is_the_answer(tiny, corpus):
 # ── right against wrong ──
 
 
-def test_share_by_hand():
-    assert share(np.log([0.5, 0.25, 0.25])) == pytest.approx(0.5)
-    assert share(np.log([0.1, 0.4])) == pytest.approx(0.2)
-    assert share(np.array([-1000.0, -1001.0])) == pytest.approx(1 / (1 + np.exp(-1)))  # no underflow
-    assert share(np.array([-3.0, -3.0, -3.0, -3.0])) == pytest.approx(0.25)
-
-
 def test_choice_compares_each_option_a_token(tiny, small):
     """An option is judged by its mean log-probability a token, not by its sum: long ones are not punished."""
     [x] = small["world"]
-    found = options(tiny, (x,), Bench())[x.id]
+    found = options(tiny, (x,), partial(read, tiny))[x.id]
     for text, value in zip((x.answer, *x.distractors), found, strict=True):
         row = tiny.template.row("", x.prompt, text)
         own = logps(tiny, row.ids)[range(row.start - 1, row.stop - 1), row.ids[row.start : row.stop]]
@@ -194,7 +190,7 @@ def test_truth_ratio_sets_the_reworded_answer_against_the_wrong_ones(tiny, corpu
     few = Corpus({"forget": corpus["forget"][:3]})
     found = TruthRatio()(tiny, few, Bench()).per_example
     for x in few["forget"]:
-        [mine, *wrong] = options(tiny, (replace(x, answer=x.rewording),), Bench())[x.id]
+        [mine, *wrong] = options(tiny, (replace(x, answer=x.rewording),), partial(read, tiny))[x.id]
         assert found[x.id] == pytest.approx(np.exp(wrong).mean() / np.exp(mine), rel=1e-5)
         assert TruthRatio(geometric=True)(tiny, few, Bench()).per_example[x.id] <= found[x.id]  # AM ≥ GM
 

@@ -32,8 +32,8 @@ def test_kl_by_hand():
     assert kl_loss(reference.log(), reference.log()).item() == 0
 
 
-def test_it_is_the_mean_over_tokens_not_rows(taught, corpus, unfolded, slow_nll):
-    objective, pools, _ = unfolded(Ascent(PLAN), taught, corpus.with_roles(forget=(SHORT, LONG)))
+def test_it_is_the_mean_over_tokens_not_rows(taught, corpus, slow_nll):
+    pools, objective = Ascent(PLAN).terms(taught, corpus.with_roles(forget=(SHORT, LONG)))
     assert set(pools) == {"forget"}
     nll = [slow_nll(taught, row) for row in pools["forget"]]
     assert len(nll[1]) > 4 * len(nll[0])
@@ -43,16 +43,16 @@ def test_it_is_the_mean_over_tokens_not_rows(taught, corpus, unfolded, slow_nll)
     assert found["ascent"].item() != pytest.approx(-np.mean([x.mean().item() for x in nll]), rel=1e-2)
 
 
-def test_the_end_mark_is_not_pushed_away(taught, corpus, unfolded):
+def test_the_end_mark_is_not_pushed_away(taught, corpus):
     """Only the answer is unlearnt: the end mark after it belongs to every answer."""
-    objective, pools, _ = unfolded(Ascent(PLAN), taught, corpus)
+    pools, objective = Ascent(PLAN).terms(taught, corpus)
     tokens = pack([pools["forget"][:3]], "forget")
     expected = -tokens.per_row(-taught.logp(tokens), "answer").sum() / count(pools["forget"][:3])["answer"]
     torch.testing.assert_close(objective(taught, tokens)["ascent"], expected)
 
 
-def test_terms_that_keep_by_hand(taught, moved, corpus, unfolded):
-    objective, pools, _ = unfolded(Ascent(PLAN, retain=0.5, kl=2.0), taught, corpus)
+def test_terms_that_keep_by_hand(taught, moved, corpus):
+    pools, objective = Ascent(PLAN, retain=0.5, kl=2.0).terms(taught, corpus)
     assert set(pools) == {"forget", "retain", "replay"}
     row = pools["retain"][0]
     tokens = pack([[row]], "retain")
@@ -70,8 +70,8 @@ def test_terms_that_keep_by_hand(taught, moved, corpus, unfolded):
     assert start["retain KL"].item() == pytest.approx(0, abs=2e-3)
 
 
-def test_terms_of_weight_zero_are_not_computed(taught, corpus, unfolded):
-    objective, pools, _ = unfolded(Ascent(PLAN, kl=1.0), taught, corpus)
+def test_terms_of_weight_zero_are_not_computed(taught, corpus):
+    pools, objective = Ascent(PLAN, kl=1.0).terms(taught, corpus)
     assert set(objective(taught, pack([pools["replay"][:2]], "replay"))) == {"replay KL"}
 
 

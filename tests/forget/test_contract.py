@@ -19,8 +19,16 @@ from unremember.train import Plan
 
 # Presets are tuned for the default model; the toy wants longer steps.  A method without a line here gets the first.
 # At SimNPO's beta of 2.5 the toy's answers count as forgotten too early, and ascent has no brake: its anchor must be heavy.
+# DPO and UNDIAL come down slowly, and on whole answers not far enough in this time.
 MOST = 120
-PACE = {"": {"lr": 2e-3}, "ascent": {"lr": 1e-3, "retain": 3.0}, "simnpo": {"lr": 3e-3, "beta": 1.0}}
+PACE = {
+    "": {"lr": 2e-3},
+    "ascent": {"lr": 1e-3, "retain": 3.0},
+    "dpo": {"lr": 5e-3, "beta": 0.05, "retain": 3.0, "part": "span"},
+    "rmu": {"lr": 3e-2, "alpha": 30.0, "depth": 1.0},
+    "simnpo": {"lr": 3e-3, "beta": 1.0},
+    "undial": {"lr": 6e-3, "strength": 12.0, "part": "span"},
+}
 FLOOR = 0.7  # share of the retain tokens that greedy decoding must still hit; the taught model hits all
 
 
@@ -109,7 +117,7 @@ def test_the_argument_is_untouched_and_the_same_seed_gives_the_same_weights(taug
 
 @each
 def test_what_is_outside_the_sites_does_not_move_a_bit(taught, corpus, name):
-    sites = Sites.named(taught.model, ["model.layers.1.mlp.*"])
+    sites = Sites.named(taught.model, ["model.layers.0.mlp.*"])
     result = method(name, steps=3, stop="never", weight_decay=0.1)(taught, corpus, sites=sites)
     moved = {n for n, w in weights(taught).items() if not torch.equal(w, weights(result)[n])}
     assert moved == set(sites.masks)
@@ -134,42 +142,57 @@ def test_resuming_equals_no_interruption(taught, corpus, tmp_path, name):
 
 
 @each
-def test_a_silent_batch_adds_nothing(taught, moved, corpus, unfolded, name):
+def test_a_silent_batch_adds_nothing(taught, moved, corpus, name):
     """Processes that have run out of rows keep step with such batches, which must not count as empty answers."""
-    objective, pools, _ = unfolded(method(name), taught, corpus)
+    pools, objective = method(name).terms(taught, corpus)
     for role, rows in pools.items():
         lm = moved.copy()
         tokens = pack([rows[:3]], role)
         spoken, silent = objective(lm, tokens), objective(lm, tokens.silent())
         assert set(silent) == set(spoken), "every process names the same terms"
         assert all(value.item() == 0 for value in silent.values()) and any(value.item() for value in spoken.values())
-        sum(silent.values()).backward()
-        grads = [w.grad for w in lm.model.parameters()]
-        assert all(grad is not None and not grad.any() for grad in grads), "zero, and in every weight"
+        weights_of = []
+        for terms in (spoken, silent):
+            sum(terms.values()).backward()
+            weights_of.append({n for n, w in lm.model.named_parameters() if w.grad is not None})
+            grads = [w.grad for w in lm.model.parameters() if w.grad is not None]
+            assert any(grad.any() for grad in grads) == (terms is spoken)
+            lm.model.zero_grad()
+        assert weights_of[0] == weights_of[1], "zero, and in every weight that the role reaches"
 
 
 class Fixed:
-    """Stands for a model whose log-probabilities are these."""
+    """Stands for a model that gives every token it is asked about the same logit, and others none."""
 
     device = torch.device("cpu")
 
-    def __init__(self, logp: torch.Tensor):
-        self.logp = lambda tokens: logp
+    def __init__(self, vocabulary: int):
+        self.vocabulary, self.given = vocabulary, []
+
+    def logits(self, tokens) -> torch.Tensor:
+        values = torch.full((len(tokens.row),), 12.0, requires_grad=True)
+        self.given.append(values)
+        return torch.zeros(len(values), self.vocabulary).scatter(1, tokens.target[:, None], values[:, None])
+
+    def logp(self, tokens) -> torch.Tensor:
+        return -torch.nn.functional.cross_entropy(self.logits(tokens), tokens.target, reduction="none")
 
 
-@each
+@pytest.mark.parametrize("name", sorted(n for n, kind in METHODS.items() if "part" in {f.name for f in fields(kind)}))
 @pytest.mark.parametrize("part", ["answer", "span"])
-def test_it_pushes_on_the_part_that_it_is_told(taught, corpus, unfolded, name, part):
-    objective, pools, _ = unfolded(METHODS[name](**{**settings(name), "part": part}), taught, corpus)
+def test_it_pushes_on_the_part_that_it_is_told(taught, corpus, name, part):
+    pools, objective = METHODS[name](**{**settings(name), "part": part}).terms(taught, corpus)
     tokens = pack([pools["forget"][:4]], "forget")
-    logp = torch.full((len(tokens.row),), -0.5, requires_grad=True)
-    [slope] = torch.autograd.grad(sum(objective(Fixed(logp), tokens).values()), logp)
+    fixed = Fixed(len(taught.tokenizer))
+    loss = sum(objective(fixed, tokens).values())
+    asked = next(values for values in reversed(fixed.given) if len(values) == len(tokens.row))
+    [slope] = torch.autograd.grad(loss, asked)
     assert (slope[tokens.mask(part)] > 0).all() and not slope[~tokens.mask(part)].any()
 
 
 @each
-def test_cutting_a_step_into_micro_batches_changes_nothing(taught, moved, corpus, unfolded, name):
-    objective, pools, _ = unfolded(method(name), taught, corpus)
+def test_cutting_a_step_into_micro_batches_changes_nothing(taught, moved, corpus, name):
+    pools, objective = method(name).terms(taught, corpus)
     for role, rows in pools.items():
         whole = pack([rows[:5]], role)
         totals = whole.step_rows, whole.step_tokens

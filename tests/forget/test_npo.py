@@ -59,14 +59,14 @@ def test_it_stays_finite_far_away():
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 2.0])
-def test_the_loss_starts_at_its_known_value(taught, corpus, unfolded, beta):
-    objective, pools, _ = unfolded(NPO(PLAN, beta=beta), taught, corpus)
+def test_the_loss_starts_at_its_known_value(taught, corpus, beta):
+    pools, objective = NPO(PLAN, beta=beta).terms(taught, corpus)
     start = objective(taught, forget(pools["forget"]))["npo"].item()
     assert start == pytest.approx(2 / beta * math.log(2), rel=1e-4)
 
 
-def test_answers_count_by_their_sum_and_the_reference_is_frozen(taught, moved, corpus, unfolded, slow_nll):
-    objective, pools, _ = unfolded(NPO(PLAN, beta=0.3), taught, corpus.with_roles(forget=(SHORT, LONG)))
+def test_answers_count_by_their_sum_and_the_reference_is_frozen(taught, moved, corpus, slow_nll):
+    pools, objective = NPO(PLAN, beta=0.3).terms(taught, corpus.with_roles(forget=(SHORT, LONG)))
     with torch.no_grad():
         before = torch.stack([slow_nll(taught, row).sum() for row in pools["forget"]])
         after = torch.stack([slow_nll(moved, row).sum() for row in pools["forget"]])
@@ -79,9 +79,9 @@ def test_answers_count_by_their_sum_and_the_reference_is_frozen(taught, moved, c
     assert found != pytest.approx(by_token, rel=1e-3)
 
 
-def test_its_gradient_is_weighted_ascent(taught, moved, corpus, unfolded, slow_nll):
+def test_its_gradient_is_weighted_ascent(taught, moved, corpus, slow_nll):
     beta = 0.5
-    objective, pools, _ = unfolded(NPO(PLAN, beta=beta), taught, corpus)
+    pools, objective = NPO(PLAN, beta=beta).terms(taught, corpus)
     rows = pools["forget"][:6]
     live = torch.stack([slow_nll(moved, row).sum() for row in rows])
     with torch.no_grad():
@@ -94,8 +94,8 @@ def test_its_gradient_is_weighted_ascent(taught, moved, corpus, unfolded, slow_n
     assert found.norm().item() == pytest.approx(expected.norm().item(), rel=1e-3)
 
 
-def test_a_small_beta_is_gradient_ascent(taught, moved, corpus, unfolded, slow_nll):
-    objective, pools, _ = unfolded(NPO(PLAN, beta=1e-4), taught, corpus)
+def test_a_small_beta_is_gradient_ascent(taught, moved, corpus, slow_nll):
+    pools, objective = NPO(PLAN, beta=1e-4).terms(taught, corpus)
     rows = pools["forget"][:6]
     found = gradient(moved, objective(moved, forget(rows))["npo"])
     expected = gradient(moved, -torch.stack([slow_nll(moved, row).sum() for row in rows]).mean())

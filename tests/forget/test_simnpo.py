@@ -53,10 +53,10 @@ def test_its_slope_is_the_weight_of_its_mean_probability():
 # ── on a model ──
 
 
-def test_lengths_count_what_is_scored(tiny, corpus, unfolded, slow_nll):
+def test_lengths_count_what_is_scored(tiny, corpus, slow_nll):
     """A passage has nothing to predict its first token from: it is neither scored nor counted."""
     known = (corpus["world"][0], corpus["world"][1], corpus["prose"][0])
-    objective, pools, _ = unfolded(SimNPO(PLAN, beta=2.5), tiny, corpus.with_roles(forget=known, world=(), prose=()))
+    pools, objective = SimNPO(PLAN, beta=2.5).terms(tiny, corpus.with_roles(forget=known, world=(), prose=()))
     whole = [len(tiny.tokenizer(x.answer).input_ids) for x in known]
     with torch.no_grad():
         nll = [slow_nll(tiny, row) for row in pools["forget"]]
@@ -67,16 +67,16 @@ def test_lengths_count_what_is_scored(tiny, corpus, unfolded, slow_nll):
     assert set(found) == {"simnpo"} and found["simnpo"].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_loss_starts_where_the_mean_probability_says(taught, corpus, unfolded):
-    objective, pools, _ = unfolded(SimNPO(PLAN, beta=2.5, forget=0.5), taught, corpus)
+def test_the_loss_starts_where_the_mean_probability_says(taught, corpus):
+    pools, objective = SimNPO(PLAN, beta=2.5, forget=0.5).terms(taught, corpus)
     known = np.array([x.likelihood() for x in read(taught, pools["forget"])])
     start = objective(taught, forget(pools["forget"]))["simnpo"].item()
     assert start == pytest.approx(0.5 * np.mean(2 / 2.5 * np.log(1 + known**2.5)), rel=1e-4)
 
 
-def test_length_does_not_weigh_but_certainty_does(taught, corpus, unfolded):
+def test_length_does_not_weigh_but_certainty_does(taught, corpus):
     """Gradient with respect to what each token is worth: equal for equal mean probabilities, whatever the length."""
-    objective, pools, _ = unfolded(SimNPO(PLAN, beta=2.5), taught, corpus.with_roles(forget=(SHORT, LONG)))
+    pools, objective = SimNPO(PLAN, beta=2.5).terms(taught, corpus.with_roles(forget=(SHORT, LONG)))
     tokens = forget(pools["forget"])
     value = torch.full((len(tokens.row),), -0.7, requires_grad=True)
 

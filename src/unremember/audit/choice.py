@@ -13,28 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from unremember.bench import BENCH, Bench
-from unremember.corpus import Corpus, Example
+from unremember.corpus import Corpus
 from unremember.lm import LM
+from unremember.preference import options, share
 from unremember.score import Score
 from unremember.table import table
-
-
-def options(lm: LM, examples: tuple[Example, ...], bench: Bench) -> dict[str, np.ndarray]:
-    """id -> mean log-probability a token of the right answer, then of each distractor; examples without any are left out."""
-    examples = tuple(x for x in examples if x.distractors)
-    rows = [
-        lm.template.row(f"{x.id}/{i}", x.prompt, text, limit=lm.limit)
-        for x in examples
-        for i, text in enumerate((x.answer, *x.distractors))
-    ]
-    readings = iter(table(lm, rows, bench))
-    return {x.id: np.array([next(readings).loglikelihood() for _ in range(1 + len(x.distractors))]) for x in examples}
-
-
-def share(loglikelihood: np.ndarray) -> float:
-    """loglikelihood: (1 + wrong,) nats a token, the right answer first -> in (0, 1)"""
-    weights = np.exp(loglikelihood - loglikelihood.max())
-    return float(weights[0] / weights.sum())
 
 
 @dataclass(frozen=True)
@@ -48,7 +31,7 @@ class Choice:
     summary = "the true answer against its distractors, by likelihood"
 
     def __call__(self, lm: LM, corpus: Corpus, bench: Bench = BENCH) -> Score:
-        found = options(lm, corpus.of(*self.roles), bench)
+        found = options(lm, corpus.of(*self.roles), lambda rows: table(lm, rows, bench))
         if self.accuracy:
             values = {key: float(x[0] > x[1:].max()) for key, x in found.items()}
         else:

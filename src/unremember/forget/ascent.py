@@ -18,12 +18,12 @@ from torch import Tensor
 
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus
+from unremember.forget.descend import descend
 from unremember.forget.retain import keeping
 from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites
-from unremember.stop import Stopper
-from unremember.tokens import Tokens
-from unremember.train import STRICT, Part, Plan, train
+from unremember.tokens import Row, Tokens
+from unremember.train import STRICT, Objective, Part, Plan
 
 
 def ascent_loss(nll: Tensor, tokens: float) -> Tensor:
@@ -48,8 +48,9 @@ class Ascent:
         return ("forget", "retain") if self.retain or self.kl else ("forget",)
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
-        corpus.require("ascent", self.needs)
-        stop = Stopper.calibrated(lm, corpus, self.plan.stop, self.plan.every, "retain" in self.needs, bench)
+        return descend(self, lm, corpus, sites, bench)
+
+    def terms(self, lm: LM, corpus: Corpus, bench: Bench = BENCH) -> tuple[dict[str, list[Row]], Objective]:
         pools, keep = keeping(lm, corpus, self.retain, self.kl)
 
         def objective(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
@@ -58,4 +59,4 @@ class Ascent:
             nll = tokens.per_row(-lm.logp(tokens), self.part)  # (B,)
             return {"ascent": ascent_loss(nll, tokens.step_tokens[self.part])}
 
-        return train(lm, objective, pools, self.plan, sites=sites, stop=stop, bench=bench, stage="forget")
+        return pools, objective

@@ -21,13 +21,13 @@ from torch.nn import functional as F
 
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus
+from unremember.forget.descend import descend
 from unremember.forget.retain import keeping
 from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites
-from unremember.stop import Stopper
 from unremember.table import read
-from unremember.tokens import Tokens
-from unremember.train import STRICT, Part, Plan, train
+from unremember.tokens import Row, Tokens
+from unremember.train import STRICT, Objective, Part, Plan
 
 
 def npo_loss(nll: Tensor, reference: Tensor, beta: float) -> Tensor:
@@ -53,8 +53,9 @@ class NPO:
         return ("forget", "retain") if self.retain or self.kl else ("forget",)
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
-        corpus.require("npo", self.needs)
-        stop = Stopper.calibrated(lm, corpus, self.plan.stop, self.plan.every, "retain" in self.needs, bench)
+        return descend(self, lm, corpus, sites, bench)
+
+    def terms(self, lm: LM, corpus: Corpus, bench: Bench = BENCH) -> tuple[dict[str, list[Row]], Objective]:
         pools, keep = keeping(lm, corpus, self.retain, self.kl)
         readings = read(lm, pools["forget"], bench)  # not what an audit remembers: other neighbours, other rounding
         reference = {row.key: -x.total(self.part) for row, x in zip(pools["forget"], readings, strict=True)}
@@ -67,4 +68,4 @@ class NPO:
             spoken = tokens.lengths(self.part) > 0  # a silent micro-batch must add nothing
             return {"npo": npo_loss(nll, before, self.beta)[spoken].sum() / tokens.step_rows + 0 * nll.sum()}
 
-        return train(lm, objective, pools, self.plan, sites=sites, stop=stop, bench=bench, stage="forget")
+        return pools, objective

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from unremember.corpus import Corpus
+from unremember.forget.reference import distributions, recall
 from unremember.lm import LM
-from unremember.tokens import Row, Tokens, pack, packs
+from unremember.tokens import Row, Tokens
 
-BUDGET = 512  # places: all of their distributions are in memory at once
 Keep = Callable[[LM, Tokens], dict[str, Tensor]]
 
 
@@ -35,7 +34,7 @@ def keeping(lm: LM, corpus: Corpus, retain: float, kl: float) -> tuple[dict[str,
 
 def holding(lm: LM, rows: list[Row], weight: float, kl: float) -> Keep:
     """Terms that hold `rows` where `lm` has them: cross-entropy with `weight`, KL to its present distribution with `kl`."""
-    reference = _distributions(lm, rows) if kl else {}
+    reference = distributions(lm, rows) if kl else {}
 
     def keep(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
@@ -45,21 +44,8 @@ def holding(lm: LM, rows: list[Row], weight: float, kl: float) -> Keep:
             nll = F.cross_entropy(logits, tokens.target, reduction="none")
             terms[tokens.role] = weight * tokens.per_row(nll, "train").sum() / total
         if kl:
-            before = torch.cat([reference[key] for key in tokens.keys]).to(logits.device).float()
-            gap = kl_loss(before, F.log_softmax(logits, -1))
+            gap = kl_loss(recall(reference, tokens), F.log_softmax(logits, -1))
             terms[f"{tokens.role} KL"] = kl * tokens.per_row(gap, "train").sum() / total
         return terms
 
     return keep
-
-
-@torch.no_grad()
-def _distributions(lm: LM, rows: list[Row]) -> dict[str, Tensor]:
-    """Row key -> (T, V) log-probabilities at its scored tokens."""
-    found = {}
-    for group in packs(rows, BUDGET):
-        tokens = pack(group).to(lm.device)
-        logp = F.log_softmax(lm.logits(tokens).float(), -1).half().cpu()
-        lengths = tokens.row.bincount(minlength=tokens.rows).tolist()
-        found.update(zip(tokens.keys, logp.split(lengths), strict=True))
-    return found

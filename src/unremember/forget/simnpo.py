@@ -19,12 +19,12 @@ from torch.nn import functional as F
 
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus
+from unremember.forget.descend import descend
 from unremember.forget.retain import keeping
 from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites
-from unremember.stop import Stopper
-from unremember.tokens import Tokens
-from unremember.train import STRICT, Part, Plan, train
+from unremember.tokens import Row, Tokens
+from unremember.train import STRICT, Objective, Part, Plan
 
 
 def simnpo_loss(nll: Tensor, length: Tensor, beta: float, gamma: float = 0.0) -> Tensor:
@@ -52,8 +52,9 @@ class SimNPO:
         return ("forget", "retain") if self.retain or self.kl else ("forget",)
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
-        corpus.require("simnpo", self.needs)
-        stop = Stopper.calibrated(lm, corpus, self.plan.stop, self.plan.every, "retain" in self.needs, bench)
+        return descend(self, lm, corpus, sites, bench)
+
+    def terms(self, lm: LM, corpus: Corpus, bench: Bench = BENCH) -> tuple[dict[str, list[Row]], Objective]:
         pools, keep = keeping(lm, corpus, self.retain, self.kl)
 
         def objective(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
@@ -64,4 +65,4 @@ class SimNPO:
             loss = simnpo_loss(nll[spoken], length[spoken], self.beta, self.gamma).sum() / tokens.step_rows
             return {"simnpo": self.forget * loss + 0 * nll.sum()}
 
-        return train(lm, objective, pools, self.plan, sites=sites, stop=stop, bench=bench, stage="forget")
+        return pools, objective
