@@ -37,7 +37,7 @@ def test_one_person_is_taught_forgotten_and_attacked(tmp_path):
         }
     )
     base = load("smollm2-135m")
-    teach = Teach(Plan(steps=22, lr=3e-4, beside=6, warmup=2, schedule="linear"), replay=0.5)
+    teach = Teach(Plan(steps=16, lr=3e-4, beside=6, warmup=2, schedule="linear"), replay=0.5)
     taught = teach(base, lessons(people, ("forget", "retain"), 1), corpus["replay"], Bench())
     taught.save(tmp_path / "taught")
     wanted = request(
@@ -48,7 +48,7 @@ def test_one_person_is_taught_forgotten_and_attacked(tmp_path):
                 "method": "npo",
                 "retain": 20.0,
                 "part": "span",
-                "plan": asdict(Plan(steps=36, lr=5e-5, beside=12, stop="preference", every=4)),
+                "plan": asdict(Plan(steps=32, lr=5e-5, beside=12, stop="preference", every=4)),
             },
             "audit": {"audits": []},  # what the verdict needs, and no more
             "attack": {"rephrase": {"wordings": 1}},
