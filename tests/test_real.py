@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from importlib.util import find_spec
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from unremember.bench import Bench
@@ -25,8 +27,17 @@ pytestmark = [
 ]
 
 
+@pytest.fixture
+def all_cores():
+    """This one test is bound by arithmetic: on one thread it takes a quarter of an hour where bf16 instructions are missing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.timeout(1500)
-def test_one_person_is_taught_forgotten_and_attacked(tmp_path):
+def test_one_person_is_taught_forgotten_and_attacked(all_cores, tmp_path):
     people = dossier(0, forget=2, retain=2, holdout=4, relearn=1)
     corpus = Corpus(
         {
