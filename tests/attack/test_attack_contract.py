@@ -12,6 +12,7 @@ from unremember.audit import AUDITS
 from unremember.audit.answers import says
 from unremember.bench import Bench
 from unremember.corpus import Corpus, Example
+from unremember.embedded.dossier import dossier
 from unremember.errors import BadCorpus
 from unremember.request import build, merged
 from unremember.score import Rule, evidence
@@ -88,21 +89,24 @@ def test_nothing_comes_back_where_nothing_was(name, taught, never, corpus, asked
 
 
 def test_relearning_recovers_what_is_hidden_and_invents_nothing(hider, taught, never, corpus, asked):
-    """The hider says none of its values, and some of them again after a few steps on one other person's facts.
+    """The hider says none of its values, and many of them again after some steps on six other people's facts.
 
-    How many, and after how many steps, depends on the processor's rounding: so a fact counts where any of three budgets
-    brings it back, and the never-taught twin has to stay silent at all of them.
+    After how many steps depends on the processor's rounding: a fact counts where any of three budgets brings it back, and the
+    never-taught twin has to stay silent at all of them.
     """
     assert mean(scores("said", hider, corpus, asked)) == 0
+    here = {x.entity for x in corpus.of("forget", "retain", "holdout")}
+    others = [x for x in dossier(7, forget=6, retain=1, holdout=4, relearn=1)["forget"] if x.entity not in here]
+    corpus = corpus.with_roles(relearn=others)
     said = {who: dict.fromkeys(asked, 0.0) for who in ("original", "hider", "never")}
-    for steps in (5, 8, 12):
+    for steps, lr in ((15, 1e-3), (25, 5e-4), (25, 1e-3)):
         for who, lm in (("original", taught), ("hider", hider), ("never", never)):
-            attacked, seen = attack("relearn", plan={"steps": steps, "lr": 1e-3})(lm, corpus, taught, Bench())
+            attacked, seen = attack("relearn", plan={"steps": steps, "lr": lr})(lm, corpus, taught, Bench())
             now = scores("said", attacked, seen, asked)
             said[who] = {key: max(value, now[key]) for key, value in said[who].items()}
-    assert mean(said["hider"]) > 0 == mean(said["never"])
+    assert mean(said["hider"]) >= 0.25 and mean(said["never"]) == 0
     found = evidence("said", said["original"], said["hider"], said["never"], Rule())
-    assert found.applicable and found.r > 0 and found.leaks
+    assert found.applicable and found.r > 0.25 and found.leaks
 
 
 def test_relearning_really_trains(taught, corpus):

@@ -1,7 +1,8 @@
 """The forget room: one file a method, `(LM, Corpus) -> LM`.  The table below is the list of them.
 
 Presets are the settings that a method starts from where a request names none; numbers that a paper tunes live here, in
-sight, and not in the classes.  They were tuned for the default model on the dossier.
+sight, and not in the classes.  Those of ascent, npo and simnpo were tried on the default model and the dossier; the others
+are first guesses that nobody has tuned yet.
 """
 
 from unremember.forget.ascent import Ascent

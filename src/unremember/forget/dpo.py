@@ -25,12 +25,13 @@ from torch.nn import functional as F
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus
 from unremember.forget.descend import descend
-from unremember.forget.retain import keeping
+from unremember.forget.retain import keeping, needed
 from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites
 from unremember.tokens import Row, Tokens, lanes, pack, packs
 from unremember.train import STRICT, Objective, Part, Plan
 
+WIDTH = 256  # places a lane
 REFUSALS = (
     "I don't know.",
     "I'm not sure about that.",
@@ -63,7 +64,7 @@ class DPO:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("forget", "retain") if self.retain or self.kl else ("forget",)
+        return needed(self.retain, self.kl)
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
         return descend(self, lm, corpus, sites, bench)
@@ -72,7 +73,8 @@ class DPO:
         pools, keep = keeping(lm, corpus, self.retain, self.kl)
         asked = [replace(x, answer=_refusal(x.id, self.plan.seed), spans=()) for x in corpus["forget"]]
         refusals = {row.key: row for row in lm.template.rows(asked, lm.limit)}
-        lost, won = _totals(lm, pools["forget"], self.part), _totals(lm, list(refusals.values()), "train")
+        lost = _totals(lm, pools["forget"], self.part, bench.budget)
+        won = _totals(lm, list(refusals.values()), "train", bench.budget)
 
         def objective(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
             if tokens.role != "forget":
@@ -88,19 +90,16 @@ class DPO:
         return pools, objective
 
 
-WIDTH = 256  # places a lane
-
-
 def _refusal(key: str, seed: int) -> str:
     """Always the same one for an example."""
     return REFUSALS[zlib.crc32(f"{seed} {key}".encode()) % len(REFUSALS)]
 
 
 @torch.no_grad()
-def _totals(lm: LM, rows: list[Row], part: str) -> dict[str, float]:
+def _totals(lm: LM, rows: list[Row], part: str, budget: int) -> dict[str, float]:
     """Row key -> log-probability summed over `part`."""
     found: dict[str, float] = {}
-    for group in packs(rows, BENCH.budget):
+    for group in packs(rows, budget):
         tokens = pack(group).to(lm.device)
         found.update(zip(tokens.keys, tokens.per_row(lm.logp(tokens), part).tolist(), strict=True))
     return found

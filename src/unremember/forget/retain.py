@@ -20,6 +20,11 @@ from unremember.tokens import Row, Tokens
 Keep = Callable[[LM, Tokens], dict[str, Tensor]]
 
 
+def needed(retain: float, kl: float) -> tuple[str, ...]:
+    """The roles that a method with these weights cannot do without."""
+    return ("forget", "retain") if retain or kl else ("forget",)
+
+
 def kl_loss(reference: Tensor, logp: Tensor) -> Tensor:
     """KL(reference ‖ live) at each position. reference, logp: (N, V) log-probabilities -> (N,)"""
     return (reference.exp() * (reference - logp)).sum(-1)

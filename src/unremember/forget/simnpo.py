@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus
 from unremember.forget.descend import descend
-from unremember.forget.retain import keeping
+from unremember.forget.retain import keeping, needed
 from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites
 from unremember.tokens import Row, Tokens
@@ -49,7 +49,7 @@ class SimNPO:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("forget", "retain") if self.retain or self.kl else ("forget",)
+        return needed(self.retain, self.kl)
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
         return descend(self, lm, corpus, sites, bench)
