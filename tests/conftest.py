@@ -9,7 +9,8 @@ from dataclasses import replace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts: on a busy two-core machine two threads are far slower
 _CACHE = tempfile.TemporaryDirectory(prefix="unremember-test-")
-os.environ["UNREMEMBER_CACHE"] = _CACHE.name
+# UNREMEMBER_TEST_CACHE names a folder where the toy model outlives the session: for working on one test again and again.
+os.environ["UNREMEMBER_CACHE"] = os.environ.get("UNREMEMBER_TEST_CACHE") or _CACHE.name
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -19,7 +19,9 @@ from unremember.folder import cache
 from unremember.forget import METHODS
 from unremember.readers import write_jsonl
 
-COMMANDS = ("demo", "init", "validate", "run", "audit", "forget", "attack", "report", "ls")
+COMMANDS = (
+    "demo", "init", "annotate", "validate", "run", "audit", "locate", "forget", "attack", "report", "compare", "ls",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -112,7 +112,9 @@ def test_what_a_verdict_rests_on_is_always_measured(ask):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_preset_that_is_enough(method, ask):
     wanted = ask(f"forget.method={method}")
-    assert type(wanted.method) is METHODS[method] and wanted.method.plan.steps >= 1
+    assert (
+        type(wanted.method) is METHODS[method] and getattr(wanted.method, "plan", wanted.method).stop == "probability"
+    )
 
 
 def test_the_template_passes_once_its_files_are_there(place):
@@ -124,19 +126,45 @@ def test_the_template_passes_once_its_files_are_there(place):
     assert wanted.method_name == "npo" and list(wanted.attacks) == ["rephrase"] and not wanted.control
 
 
-def test_every_line_of_the_template_that_is_commented_out_is_right_too(place, corpus):
+@pytest.mark.parametrize("where", ["sites", "locate"])
+def test_every_line_of_the_template_that_is_commented_out_is_right_too(place, corpus, where):
+    """Sites and adapter, or a locator: both at once is refused."""
     write_jsonl(corpus["replay"], place / "replay.jsonl")
     text = TEMPLATE.replace("path/to/model", "model").replace("path/to/control", "model")
     text = text.replace('["model.layers.1?.mlp.*"]', '["*mlp*"]')
+    others = ("# sites", "# lora") if where == "locate" else ("# [locate", "# locator", "# budget")
     lines = [
-        line.removeprefix("# ") if line.startswith("# ") and (" = " in line or "[attack" in line) else line
+        line.removeprefix("# ") if line.startswith("# ") and (" = " in line or "# [" in line) else line
         for line in text.splitlines()
-        if not line.startswith("# columns")
+        if not line.startswith(("# columns", *others))
     ]
     wanted = request(tomllib.loads("\n".join(lines)), place)
-    assert (
-        wanted.control == "model" and wanted.lora and wanted.sites and list(wanted.attacks) == ["rephrase", "relearn"]
-    )
+    assert wanted.control == "model" and wanted.chunks == 4 and list(wanted.attacks) == ["rephrase", "relearn"]
+    if where == "locate":
+        assert wanted.locator and wanted.budget.share == 0.01 and not wanted.sites and not wanted.lora
+    else:
+        assert wanted.lora and wanted.sites and not wanted.locator
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("forget.chunks=0", "forget.chunks is 0; it must be a whole number from 1"),
+        ("forget.chunks=99", "forget.chunks is 99 and there are 12 forget examples; ask for fewer"),
+        ('locate={ locator = "integratd", budget = { units = 3 } }', "unknown locator 'integratd'; did you mean"),
+        ('locate={ locator = "integrated" }', "give exactly one of units, share and parameters; given: none"),
+        ('locate={ locator = "integrated", budget = { units = 3, share = 0.1 } }', "given: units, share"),
+        ('locate={ locator = "integrated", budget = { share = 2.0 } }', "locate.budget.share is 2.0"),
+        ('locate={ locator = "integrated", budget = { units = 3 }, stepps = 4 }', "unknown key locate.stepps"),
+    ],
+)
+def test_where_and_in_how_many_portions(change, said, problems):
+    assert any(said in problem for problem in problems(change)), problems(change)
+
+
+def test_sites_and_a_locator_are_refused_together(ask):
+    with pytest.raises(BadRequest, match=r"so do forget\.sites and forget\.lora; leave one out"):
+        ask('locate={ locator = "integrated", budget = { units = 3 } }', 'forget.sites=["*mlp*"]')
 
 
 def test_corpus_files_are_found_beside_the_request(place, tmp_path_factory, monkeypatch):
@@ -176,7 +204,7 @@ def test_a_tokenizer_that_is_not_at_hand_is_no_problem(name, place, ask):
         ("attack.rephrase.wording=1", ["unknown key attack.rephrase.wording; did you mean 'wordings'?"]),
         ("attack.relearn.plan.sped=1", ["unknown key attack.relearn.plan.sped; did you mean"]),
         ("forget.method=ngo", ["unknown method 'ngo'; did you mean 'npo'?"]),
-        ("forget.method=zzz", ["unknown method 'zzz'; known: ascent, dpo, llmu, npo, rmu, simnpo, undial, wga"]),
+        ("forget.method=zzz", [f"unknown method 'zzz'; known: {', '.join(sorted(METHODS))}"]),
         ("attack.relern.plan.steps=1", ["unknown attack 'relern'; did you mean 'relearn'?"]),
         ('audit.audits=["probabilty"]', ["unknown audit 'probabilty'; did you mean 'probability'?"]),
         ("audit.audits=[1]", ["unknown audit 1"]),

@@ -48,6 +48,71 @@ def same(a, b) -> bool:
     return all(torch.equal(w, weights(b)[name]) for name, w in weights(a).items())
 
 
+# ── hooks and plain descent ──
+
+
+class Hooked:
+    """`objective` with a record of when its hooks were called, and an edit of the gradients."""
+
+    def __init__(self, edit=lambda lm: None):
+        self.seen, self.edit = [], edit
+
+    def before(self, lm, micros, step):
+        assert step == 1 + sum(name == "before" for name, _ in self.seen)
+        assert not any(w.grad is not None and w.grad.any() for w in lm.model.parameters())
+        self.seen.append(("before", tuple(m.role for m in micros)))
+
+    def __call__(self, lm, tokens):
+        self.seen.append(("term", tokens.role))
+        return objective(lm, tokens)
+
+    def after(self, lm, micros):
+        self.seen.append(("after", tuple(m.role for m in micros)))
+        self.edit(lm)
+
+
+def test_hooks_are_called_around_every_step(tiny, pools, trained):
+    hooked = Hooked()
+    assert same(train(tiny, hooked, pools, PLAN), trained), "hooks that do nothing change nothing"
+    one = [("before", ("lessons", "replay")), ("term", "lessons"), ("term", "replay"), ("after", ("lessons", "replay"))]
+    assert hooked.seen == one * PLAN.steps
+
+
+def test_plain_descent_is_theta_minus_lr_times_gradient(tiny, pools):
+    plan = Plan(steps=1, lr=0.5, optimiser="sgd")
+    lm = tiny.copy()
+    for tokens in batch(pools, plan, 0, 2048):
+        sum(objective(lm, tokens).values()).backward()
+    result = train(tiny, objective, pools, plan)
+    for name, w in weights(lm).items():
+        gradient = dict(lm.model.named_parameters())[name].grad
+        torch.testing.assert_close(weights(result)[name], w - 0.5 * gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_a_gradient_that_a_hook_takes_away_moves_nothing(tiny, pools):
+    def edit(lm):
+        for name, w in lm.model.named_parameters():
+            if "mlp" not in name:
+                w.grad = torch.zeros_like(w)
+
+    result = train(tiny, Hooked(edit), pools, Plan(steps=3, lr=0.1, optimiser="sgd"))
+    still = {n: torch.equal(w, weights(tiny)[n]) for n, w in weights(result).items()}
+    assert all(kept == ("mlp" not in name) for name, kept in still.items())
+
+
+def test_plain_descent_resumes_as_well(tiny, pools, tmp_path):
+    plan = Plan(steps=5, lr=0.1, optimiser="sgd")
+
+    def halt(stage, done, *_):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, objective, pools, plan, bench=Bench(folder=tmp_path / "c", every=0, say=halt))
+    resumed = train(tiny, objective, pools, plan, bench=Bench(folder=tmp_path / "c"))
+    assert same(resumed, train(tiny, objective, pools, plan))
+
+
 # ── what goes in and what comes out ──
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 def _silent(stage: str, done: int, total: int, terms: dict[str, float]) -> None:
@@ -17,6 +18,7 @@ class Bench:
     folder: where a training run keeps its checkpoint, None = nowhere.  every: seconds between two checkpoints.
     log: file for one JSON line a step, None = no file.
     say(stage, done, total, terms): called after each unit of work.
+    watch(lm): further numbers for each look of a stopper, for curves; they decide nothing.
     memory: score tables and generated answers by model fingerprint; fill it from disk to avoid work.
     """
 
@@ -27,6 +29,7 @@ class Bench:
     every: float = 60.0
     log: Path | None = None
     say: Callable[[str, int, int, dict[str, float]], None] = _silent
+    watch: Callable[[Any], dict[str, float]] | None = None
     memory: dict[str, dict] = field(default_factory=dict)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -74,14 +76,13 @@ def demo(
     device: Device = "cpu",
 ) -> None:
     """Teach a small model fictional people, make it forget some of them, attack it, and report."""
-    with _at_work(device) as work:
+    with at_work(device) as work:
         from unremember import demo as room
-        from unremember import run
 
         if preset not in room.PRESETS:
             raise BadRequest(f"unknown preset {preset!r}; {nearest(preset, room.PRESETS)}")
-        wanted = room.request(preset, out or Path("runs") / f"demo-{preset}", seed, work.bench, work.title)
-        work.show(run.execute(wanted, work.bench, work.title), wanted.out)
+        folder = out or Path("runs") / f"demo-{preset}"
+        work.show(room.demo(preset, folder, seed, work.bench, work.title), folder)
 
 
 @app.command()
@@ -100,6 +101,73 @@ def init(
 
 
 @app.command()
+def annotate(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A corpus file: .jsonl, .json, .txt, .csv or .parquet.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write it with spans: a new .jsonl file.")],
+    chosen: Annotated[
+        str, typer.Option("--with", metavar="A,B", help="Annotators; presidio is one more.")
+    ] = "date,digits,email,money,names,phone,url",
+    entries: Annotated[
+        Path | None, typer.Option("--list", metavar="FILE", help="Mark these names, too: one a line.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+) -> None:
+    """Mark what is sensitive in the answers of a corpus file, by rules, and write it with spans."""
+    from collections import Counter
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from unremember.annotate import MOST, Propose, annotated, gazetteer, named, together
+    from unremember.errors import BadCorpus, BadFolder
+    from unremember.readers import SHOWN, Source, read, write_jsonl
+
+    if target.suffix != ".jsonl":
+        raise BadRequest(f"{target} does not end in .jsonl, which is what is written; choose such a name")
+    if target.exists() and not force:
+        raise BadRequest(f"{target} exists; choose another name, or replace it with --force")
+    proposers = {name: named(name) for name in dict.fromkeys(filter(None, map(str.strip, chosen.split(","))))}
+    if entries:
+        try:
+            proposers[entries.name] = gazetteer(entries.read_text(encoding="utf-8").splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadCorpus(f"{entries} cannot be read as UTF-8 text: {error}; check the path") from error
+    if not proposers:
+        raise BadRequest("--with names no annotator; leave it out for all that follow rules")
+    found: Counter[str] = Counter()
+
+    def counted(name: str) -> Propose:
+        def propose(text: str):
+            spans = list(proposers[name](text))
+            found[name] += len(spans)
+            return spans
+
+        return propose
+
+    result = annotated(read(Source(source)), together(*map(counted, proposers)))
+    try:
+        write_jsonl(result.examples, target)
+    except OSError as error:
+        raise BadFolder(f"cannot write {target}: {error.strerror}; choose another place") from error
+    grid = Table(box=None, pad_edge=False, header_style="dim")
+    grid.add_column("annotator")
+    grid.add_column("found", justify="right")
+    for name in proposers:
+        grid.add_row(name, str(found[name]))
+    console = Console(highlight=False)
+    console.print(grid)
+    marked = sum(bool(x.spans) for x in result.examples)
+    print(f"{marked} of {len(result.examples)} examples are marked, {result.coverage:.0%} of their answers' text")
+    if result.coverage > MOST:
+        print(f"more than {MOST:.0%}: to forget this is to forget nearly all of the text; use fewer annotators")
+    for problem in result.problems[:SHOWN]:
+        console.print(f"✗ {problem}", markup=False, soft_wrap=True)
+    if len(result.problems) > SHOWN:
+        print(f"... and {len(result.problems) - SHOWN} more")
+    print(f"wrote {target}")
+
+
+@app.command()
 def validate(file: RequestFile, changes: Changes = None) -> None:
     """Check a request, its corpus files and its model names without loading a weight."""
     wanted = _request(file, changes, None)
@@ -110,14 +178,20 @@ def validate(file: RequestFile, changes: Changes = None) -> None:
 
 @app.command()
 def run(file: RequestFile, changes: Changes = None, out: Out = None, device: Device = "cpu") -> None:
-    """Do the whole job: audit, forget, audit, attack, audit, report.  Goes on where it was stopped."""
-    _stages(file, changes, out, device, ("audit", "forget", "attack", "report"))
+    """Do the whole job: audit, locate, forget, audit, attack, audit, report.  Goes on where it was stopped."""
+    _stages(file, changes, out, device, ("audit", "locate", "forget", "attack", "report"))
 
 
 @app.command()
 def audit(file: RequestFile, changes: Changes = None, out: Out = None, device: Device = "cpu") -> None:
     """Measure the models of a request that are there."""
     _stages(file, changes, out, device, ("audit",))
+
+
+@app.command()
+def locate(file: RequestFile, changes: Changes = None, out: Out = None, device: Device = "cpu") -> None:
+    """Rank where it is stored, with the request's locator, and write OUT/sites.safetensors."""
+    _stages(file, changes, out, device, ("locate",))
 
 
 @app.command()
@@ -144,16 +218,30 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 
 
 @app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="The comparison: a TOML file.")], changes: Changes = None
+) -> None:
+    """Run many methods on one corpus, one after another, and compare them at matched forgetting."""
+    from unremember import compare as room
+
+    whole = room.parse(file, changes or ())
+    with at_work("cpu") as work:
+        page = room.write(room.compare(whole, work.bench, work.title, work.aside), whole.out)
+    print(f"comparison: {page}")
+
+
+@app.command()
 def ls() -> None:
-    """List methods, audits and attacks: one line, paper and required roles each."""
+    """List methods, locators, audits and attacks: one line, paper and required roles each."""
     from rich.console import Console
     from rich.table import Table
 
     from unremember.attack import ATTACKS
     from unremember.audit import AUDITS
     from unremember.forget import METHODS
+    from unremember.locate import LOCATORS
 
-    for title, room in (("methods", METHODS), ("audits", AUDITS), ("attacks", ATTACKS)):
+    for title, room in (("methods", METHODS), ("locators", LOCATORS), ("audits", AUDITS), ("attacks", ATTACKS)):
         grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
         for column in ("name", "what it is", "paper", "needs"):
             grid.add_column(column)
@@ -177,7 +265,7 @@ def _request(file: Path, changes: list[str] | None, out: Path | None):
 
 def _stages(file: Path, changes: list[str] | None, out: Path | None, device: str, stages: tuple[str, ...]) -> None:
     wanted = _request(file, changes, out)
-    with _at_work(device) as work:
+    with at_work(device) as work:
         from unremember.run import execute
 
         done = execute(wanted, work.bench, work.title, stages)
@@ -221,13 +309,13 @@ def _there(device: str) -> None:
         ) from None
 
 
-class _at_work:
+class at_work:
     """Joins the team, shows live progress on a terminal (plain lines elsewhere), and cleans up."""
 
     def __init__(self, device: str):
         self.device = device
 
-    def __enter__(self) -> _at_work:
+    def __enter__(self) -> at_work:
         _there(self.device)
         warnings.filterwarnings("ignore", module="torch|transformers|huggingface_hub")
         from rich.console import Console
@@ -266,6 +354,18 @@ class _at_work:
         self.live.stop()
         team.leave()
 
+    @contextmanager
+    def aside(self) -> Generator[None]:
+        """While another process of ours has the screen."""
+        self.finish()
+        self.live.stop()
+        try:
+            yield
+        finally:
+            for task in self.live.task_ids:  # what was done before has been shown
+                self.live.remove_task(task)
+            self.live.start()
+
     def title(self, text: str) -> None:
         """A new stage begins."""
         self.finish()
@@ -279,7 +379,7 @@ class _at_work:
         if self.task is None:
             return
         shown = "  ".join(f"{name} {value:.3g}" for name, value in terms.items())
-        if stage in ("read", "speak"):
+        if stage in ("read", "speak", "contrast"):
             self.live.update(self.task, terms=f"{stage} {done}/{total}")
         else:
             self.live.update(self.task, completed=done, total=total, terms=shown or stage)

@@ -6,6 +6,8 @@ A corpus is a mapping from role to examples.  The roles:
     retain    what must stay, of the same kind      replay   general questions and answers, for training only
     holdout   same kind, never taught: the level    world    general knowledge with wrong options, for measuring only
               that "forgotten" is measured against  prose    plain text, for measuring only
+    new       the forget prompts with what is true   neighbour  out-of-scope questions; what the model says to
+              now, for methods that update them                 them must not change
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 
 from unremember.errors import BadCorpus
 
-ROLES = ("forget", "retain", "holdout", "relearn", "replay", "world", "prose")
+ROLES = ("forget", "retain", "holdout", "relearn", "replay", "world", "prose", "new", "neighbour")
 
 
 @dataclass(frozen=True)

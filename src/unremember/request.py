@@ -50,6 +50,11 @@ retain = 1.0
 plan = { steps = 30, lr = 5e-5, stop = "probability" }
 # sites = ["model.layers.1?.mlp.*"]   # parameters that may move, as shell patterns; all of them by default
 # lora = { rank = 8, alpha = 16 }     # write a PEFT adapter instead of whole weights
+# chunks = 4                          # forget in portions, one after another
+
+# [locate]                    # where it is stored; then only these weights move
+# locator = "integrated"      # `unremember ls` lists the locators
+# budget = { share = 0.01 }   # or units = 200, or parameters = 1000000
 
 [audit]
 # audits = ["probability", "said"]    # on top of what the verdict needs; all of them by default
@@ -91,6 +96,10 @@ class Request:
     template: str = "auto"
     precision: str = "auto"
     sites: tuple[str, ...] = ()
+    locator_name: str = ""
+    locator: Any = None
+    budget: Any = None
+    chunks: int = 1
     lora: Lora | None = None
     echo: Mapping[str, Any] = field(default_factory=dict)
 
@@ -99,6 +108,7 @@ SECTIONS = {
     "run": ("name", "out", "seed"),
     "model": ("name", "control", "template", "precision"),
     "corpus": ROLES,
+    "locate": None,  # depends on the locator
     "forget": None,  # depends on the method
     "audit": ("audits",),
     "attack": None,  # depends on the attack
@@ -160,7 +170,11 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     from unremember.attack import PRESETS as ATTACK_PRESETS
     from unremember.audit import AUDITS, EVIDENCE, UTILITY
     from unremember.forget import METHODS, PRESETS
+    from unremember.forget.sequential import portions
     from unremember.lm import check
+    from unremember.locate import LOCATORS
+    from unremember.locate import PRESETS as LOCATE_PRESETS
+    from unremember.locate.ranking import Budget
     from unremember.stop import check as check_level
 
     problems: list[str] = []
@@ -210,7 +224,7 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
             problems += error.problems
 
     if corpus is None:
-        corpus = _corpus(table("corpus"), where, problems)
+        corpus = read_corpus(table("corpus"), where, problems)
     if corpus and not control and not corpus.of("holdout"):
         problems.append(
             "nothing can be called forgotten without a never-taught level; give a holdout file under [corpus], or a "
@@ -220,6 +234,10 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     method_name = text("forget", forget, "method", "npo")
     sites, lora_raw = forget.pop("sites", []), forget.pop("lora", None)
     forget.pop("method", None)
+    chunks = forget.pop("chunks", 1)
+    if type(chunks) is not int or chunks < 1:
+        problems.append(f"forget.chunks is {chunks!r}; it must be a whole number from 1")
+        chunks = 1
     method = None
     if method_name not in METHODS:
         problems.append(f"unknown method {method_name!r}; {nearest(method_name, METHODS)}")
@@ -229,6 +247,20 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
         problems.append(f"forget.sites is {sites!r}; it must be a list of parameter name patterns")
         sites = []
     lora = None if lora_raw is None else build(Lora, lora_raw, "forget.lora", problems)
+
+    found = table("locate")
+    locator_name, locator, budget = "", None, None
+    if found:
+        locator_name = text("locate", found, "locator", "")
+        budget = build(Budget, found.pop("budget", {}), "locate.budget", problems)
+        found.pop("locator", None)
+        if locator_name in LOCATORS:
+            settings = merged(LOCATE_PRESETS.get(locator_name, {}), found)
+            locator = build(LOCATORS[locator_name], settings, "locate", problems)
+        else:
+            problems.append(f"unknown locator {locator_name!r}; {nearest(locator_name, LOCATORS)}")
+        if sites or lora:
+            problems.append("[locate] says which weights move, and so do forget.sites and forget.lora; leave one out")
 
     attacks = {}
     for kind, settings in attack.items():
@@ -247,14 +279,17 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     rule = build(Rule, table("rule"), "rule", problems)
 
     if corpus:
-        for who, part in ((method_name, method), *attacks.items()):
+        for who, part in ((method_name, method), (locator_name, locator), *attacks.items()):
             try:
                 if hasattr(part, "check"):
                     part.check(corpus)
                 elif part:
                     corpus.require(who, part.needs)
-                if part is method and part and part.plan.stop != "never":
-                    check_level(corpus, part.plan.stop)
+                if part is method and part:
+                    if chunks > 1:
+                        portions(corpus["forget"], chunks)
+                    if (level := getattr(part, "plan", part).stop) != "never":
+                        check_level(corpus, level)
             except BadInput as error:
                 problems += error.problems
     named = {*audits, *EVIDENCE, *UTILITY}
@@ -267,7 +302,7 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     wanted = tuple(a for a in AUDITS if a in named)
     return Request(
         name, out, model_name, corpus, method_name, method, attacks, wanted, rule, seed, control, template, precision,
-        tuple(sites), lora, dict(raw),
+        tuple(sites), locator_name, locator, budget, chunks, lora, dict(raw),
     )  # fmt: skip
 
 
@@ -359,7 +394,7 @@ def _owner(kind: Any, path: tuple) -> list[str]:
     return [f.name for f in fields(kind)]
 
 
-def _corpus(tables: Mapping[str, Any], where: Path, problems: list[str]) -> Corpus | None:
+def read_corpus(tables: Mapping[str, Any], where: Path, problems: list[str]) -> Corpus | None:
     """Read every role's file; the world and prose roles fall back on the embedded ones."""
     from unremember.embedded.prose import prose
     from unremember.embedded.world import world

@@ -1,6 +1,7 @@
 """The rooms in order: audit, forget, audit, attack, audit, report.  Every piece is kept on disk and made once.
 
-    OUT/run.json  corpus.json  audit/WHO.json  train.jsonl  model/  forget.json  attack/NAME/WHO.json  report.json  report.html
+    OUT/run.json  corpus.json  audit/WHO.json  sites.safetensors  locate.json  train.jsonl  model/  forget.json
+    attack/NAME/WHO.json  report.json  report.html
 
 WHO is original, forgotten or never.  A piece carries the fingerprint of all it was made from; one that is there with the
 same fingerprint is kept, so an interrupted run goes on where it stopped, and a changed setting redoes what depends on it.
@@ -24,15 +25,19 @@ import torch
 from unremember import __version__, report, team
 from unremember.audit import AUDITS, EVIDENCE, UTILITY
 from unremember.audit.answers import spoken
+from unremember.audit.editing import pinned
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus
 from unremember.errors import BadFolder
-from unremember.folder import claim, fingerprint, read_json, whole, write_json
+from unremember.folder import claim, fingerprint, read_json, whole, write_json, write_text
+from unremember.forget.sequential import sequential
 from unremember.lm import LM, auto_precision, check, load
+from unremember.locate.ranking import Ranking, select
 from unremember.request import Request
 from unremember.sites import EVERYWHERE, Sites
 
-STAGES = ("audit", "forget", "attack", "report")
+STAGES = ("audit", "locate", "forget", "attack", "report")
+SHOWN = 20  # best units that locate.json names
 Title = Callable[[str], None]
 
 
@@ -47,6 +52,8 @@ def execute(request: Request, bench: Bench = BENCH, title: Title = lambda text: 
         for who in run.models:
             if who != "forgotten" or run.forgotten():
                 run.audit(who)
+    if "locate" in stages or "forget" in stages:
+        run.locate()
     if "forget" in stages:
         run.forget()
         run.audit("forgotten")
@@ -93,7 +100,9 @@ class Run:
         """Who -> fingerprint of everything that its weights depend on."""
         r = self.request
         original = fingerprint(identity(r.model), r.template, self.precision)
-        method = fingerprint(original, repr(r.method), r.sites, repr(r.lora), r.corpus.fingerprint(), r.seed)
+        where = [r.sites, repr(r.lora), repr(r.locator), repr(r.budget), r.chunks]
+        files = [Path(file).read_text(encoding="utf-8") for file in getattr(r.method, "files", ())]
+        method = fingerprint(original, repr(r.method), files, where, r.corpus.fingerprint(), r.seed)
         never = fingerprint(identity(r.control), r.template, self.precision) if r.control else ""
         return {"original": original, "forgotten": method, "never": never}
 
@@ -116,7 +125,10 @@ class Run:
                     "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads, "
                     f"{team.size()} process(es), torch {torch.__version__}",
                     "method": describe | {"paper": r.method.paper, "sites": list(r.sites)}
-                    | ({"lora": asdict(r.lora)} if r.lora else {}),
+                    | ({"lora": asdict(r.lora)} if r.lora else {})
+                    | ({"chunks": r.chunks} if r.chunks > 1 else {})
+                    | ({"located": {"locator": r.locator_name, "settings": asdict(r.locator),
+                        "budget": {k: v for k, v in asdict(r.budget).items() if v}}} if r.locator else {}),
                     "attacks": {n: {"summary": a.summary, "settings": asdict(a)} for n, a in r.attacks.items()},
                     "rule": asdict(r.rule),
                     "request": json.loads(json.dumps(dict(r.echo), default=str)),
@@ -162,7 +174,9 @@ class Run:
     def measured(self) -> Corpus:
         """What is measured of each model: all but the holdout where a control model takes its place."""
         out = ("holdout",) if self.request.control else ()
-        return Corpus({role: rows for role, rows in self.request.corpus.items() if role not in out})
+        corpus = Corpus({role: rows for role, rows in self.request.corpus.items() if role not in out})
+        # what must not change is what the original says to the neighbours, whatever their file says
+        return pinned(self.lm("original"), corpus, self.bench) if corpus.of("neighbour") else corpus
 
     def audit(self, who: str) -> None:
         """Every audit of the request on one model, unless it is there."""
@@ -188,6 +202,27 @@ class Run:
             write_json(path, piece)
         team.wait()
 
+    def locate(self) -> None:
+        """Rank what the locator looks at, unless that is there; nothing where the request has no locator."""
+        r, stamp = self.request, self.out / "locate.json"
+        if not r.locator:
+            return
+        made_from = fingerprint(self.made_from["original"], repr(r.locator), r.corpus.fingerprint(), r.seed)
+        if not self.kept(stamp, made_from):
+            self.title(f"locate with {r.locator_name}")
+            began, ranking = time.monotonic(), seeded(r.locator, r.seed)(self.lm("original"), r.corpus, self.bench)
+            if team.rank() == 0:
+                ranking.save(self.out / "sites.safetensors")
+                best = [[name, index, float(ranking.scores[name][index])] for name, index in ranking.best(SHOWN)]
+                piece = {
+                    "fingerprint": made_from,
+                    "seconds": time.monotonic() - began,
+                    "unit": ranking.unit,
+                    "best": best,
+                }
+                write_json(stamp, piece)
+            team.wait()
+
     def forgotten(self) -> bool:
         return self.kept(self.out / "forget.json", self.made_from["forgotten"]) and (self.out / "model").is_dir()
 
@@ -203,6 +238,8 @@ class Run:
                 torch.manual_seed(r.seed)  # peft draws the adapter's first weights
                 lm = lm.adapted(r.lora.rank, r.lora.alpha, r.lora.targets)
             sites = Sites.named(lm.model, r.sites or ("*lora_*",))
+        elif r.locator:
+            sites = select(Ranking.load(self.out / "sites.safetensors"), lm.model, r.budget)
         else:
             sites = Sites.named(lm.model, r.sites) if r.sites else EVERYWHERE
         work, stamp = self.out / "checkpoint", self.out / "checkpoint.json"
@@ -212,8 +249,11 @@ class Run:
             log.unlink(missing_ok=True)
             write_json(stamp, {"fingerprint": self.made_from["forgotten"]})
         team.wait()
-        method = replace(r.method, plan=replace(r.method.plan, seed=r.method.plan.seed + r.seed))
-        result = method(lm, r.corpus, sites, replace(self.bench, folder=work, log=log))
+        method, bench = seeded(r.method, r.seed), replace(self.bench, folder=work, log=log)
+        if r.chunks > 1:
+            result = sequential(method, r.chunks, lm, r.corpus, sites, bench)
+        else:
+            result = method(lm, r.corpus, sites, bench)
         if team.rank() == 0:
             (self.out / "forget.json").unlink(missing_ok=True)  # it speaks of the model that goes now
             with whole(self.out / "model") as fresh:
@@ -241,6 +281,26 @@ class Run:
         fewer = self.measured.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
         lm, seen = attack(self.lm(who), fewer, self.lm("original"), self.bench)
         self.measure(path, made_from, lm, seen, tuple(n for n in AUDITS if n in (*EVIDENCE, *UTILITY)))
+
+
+def lay(source: Path, target: Path) -> None:
+    """Copy the pieces of the original and the never-taught model from one run folder into another.
+
+    Where they fit, which their fingerprints tell, they are not made again there; elsewhere they are replaced.
+    """
+    for place in ("audit", "attack/*"):
+        for who in ("original", "never"):
+            for path in source.glob(f"{place}/{who}.json"):
+                copy = target / path.relative_to(source)
+                if not copy.exists() or copy.read_bytes() != path.read_bytes():
+                    write_text(copy, path.read_text(encoding="utf-8"))
+
+
+def seeded(part: Any, seed: int) -> Any:
+    """A method or locator with the run's seed added to its own."""
+    if hasattr(part, "plan"):
+        return replace(part, plan=replace(part.plan, seed=part.plan.seed + seed))
+    return replace(part, seed=part.seed + seed) if hasattr(part, "seed") else part
 
 
 def weight_bytes(name: str) -> int:

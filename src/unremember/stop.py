@@ -65,8 +65,8 @@ class Stopper:
     """Callable on (lm, step); `looks` is the record of what it saw, `reached` the step at which it said stop.
 
     ceiling: the largest preference for true answers that any holdout entity shows, None where that is not watched.
-    A look holds mean and worst of the metric, the preference where all else was well, and for the trade-off curve the mean
-    answer probability of the forget rows and of `watch`, a few retained ones.
+    A look holds mean and worst of the metric, `kept`, its mean over `watch`, a few retained rows, the preference where all
+    else was well, and for the trade-off curve the mean answer probability of forget rows and `watch`.
     """
 
     metric: str
@@ -111,11 +111,14 @@ class Stopper:
         look["forget"] = float(np.mean([x.likelihood() for x in forget]))
         if retain:
             look["retain"] = float(np.mean([x.likelihood() for x in retain]))
+            look["kept"] = float(np.mean([known(x, self.metric) for x in retain]))
         gone = look["mean"] <= self.mean and look["worst"] <= self.worst
-        gone = gone and (not self.floor or float(np.mean([known(x, self.metric) for x in retain])) >= self.floor)
+        gone = gone and look.get("kept", 0.0) >= self.floor
         if gone and self.ceiling is not None:  # the costlier question, asked only where all else is well
             look["preferred"] = preferred(lm, self.asked, self.bench)
             gone = look["preferred"] <= self.ceiling
+        if self.bench.watch:
+            look |= self.bench.watch(lm)
         self.looks.append(look)
         if gone:
             self.reached = step

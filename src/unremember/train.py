@@ -11,8 +11,9 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -28,11 +29,21 @@ from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites
 from unremember.tokens import Row, Tokens, count, pack, packs
 
-Objective = Callable[[LM, Tokens], Mapping[str, Tensor]]  # one packed micro-batch of one role -> named terms to add up
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Part = Literal[
     "answer", "span"
 ]  # which tokens of a forget row a method works on: all of its answer, or the sensitive ones
+
+
+class Objective(Protocol):
+    """One packed micro-batch of one role -> named terms to add up.
+
+    An objective may also have `before(lm, micros, step)`, called when a step (counted from 1) begins, for what must be known of
+    the whole step (KGA's sign), and `after(lm, micros)`, called between the last backward pass and the optimiser, where it may
+    edit gradients (PCGU's rows).  micros: this process's micro-batches of the step.
+    """
+
+    def __call__(self, lm: LM, tokens: Tokens, /) -> Mapping[str, Tensor]: ...
 
 
 class Stop(Protocol):
@@ -46,11 +57,12 @@ class Stop(Protocol):
 
 @dataclass(frozen=True, config=STRICT)
 class Plan:
-    """How long and how hard to train (AdamW).
+    """How long and how hard to train.
 
     steps: the most that are taken.  lr: peak learning rate.  batch: rows of the first role a step, 0 = all of them.
     beside: rows of every other role a step, 0 = as many as of the first.
     warmup: steps of linear rise.  schedule: what follows.  clip: largest gradient norm, 0 = none.
+    optimiser: 'adamw', or 'sgd' = plain gradient descent (betas are not used).
     stop: which level of the never-taught examples ends training early: 'probability' or 'accuracy' of the sensitive tokens
     (mean and worst example), 'preference' = probability, and the true answers no more preferred to their distractors, or
     'never'.  every: steps between two looks.
@@ -65,6 +77,7 @@ class Plan:
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
     clip: Annotated[float, Field(ge=0)] = 0.0
+    optimiser: Annotated[str, Field(pattern="^(adamw|sgd)$")] = "adamw"
     seed: int = 0
     stop: Annotated[str, Field(pattern="^(probability|accuracy|preference|never)$")] = "never"
     every: Annotated[int, Field(ge=1)] = 1
@@ -124,10 +137,15 @@ def train(
     kept = sites.open(lm.model)
     lm = replace(lm, model=team.shard(lm.model))
     weights = [w for w in lm.model.parameters() if w.requires_grad]
-    optimiser = torch.optim.AdamW(weights, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
+    optimiser: torch.optim.Optimizer = (
+        torch.optim.SGD(weights, lr=plan.lr, weight_decay=plan.weight_decay)
+        if plan.optimiser == "sgd"
+        else torch.optim.AdamW(weights, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
+    )
     first = team.restore(bench.folder, lm.model, optimiser) if bench.folder else 0
     if bench.log and team.rank() == 0:
-        _rewind(bench.log, stage, first)
+        rewind(bench.log, stage, first)
+    before, after = (getattr(objective, name, _idle) for name in ("before", "after"))
     saved, stopped = time.monotonic(), stop is not None and _looks(stop, first) and stop(lm, first)
     for step in range(first, plan.steps):
         if stopped:
@@ -136,14 +154,17 @@ def train(
             group["lr"] = plan.rate(step)
         sums: dict[str, float] = {}
         scored: dict[str, int] = {}
-        for tokens in batch(pools, plan, step, bench.budget):
-            terms = objective(lm, tokens.to(lm.device))
+        micros = [tokens.to(lm.device) for tokens in batch(pools, plan, step, bench.budget)]
+        before(lm, micros, step + 1)
+        for tokens in micros:
+            terms = objective(lm, tokens)
             (
                 torch.stack(list(terms.values())).sum() * team.size()
             ).backward()  # FSDP2 averages over processes, and our terms must add up
             scored[tokens.role] = tokens.step_tokens["train"]
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
+        after(lm, micros)
         sums = team.total(sums)
         gradients = [w.grad for w in weights if w.grad is not None]
         reached: Any = torch.nn.utils.get_total_norm(gradients)
@@ -188,11 +209,15 @@ def train(
     return replace(source, model=result.model.eval())
 
 
+def _idle(*_: object) -> None:
+    """What most objectives do before and after a step."""
+
+
 def _looks(stop: Stop, step: int) -> bool:
     return step % stop.every == 0
 
 
-def _rewind(log, stage: str, step: int) -> None:
+def rewind(log: Path, stage: str, step: int) -> None:
     """Drop from the log what this stage will do again."""
     if log.exists():
         lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]

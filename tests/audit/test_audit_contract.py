@@ -23,20 +23,28 @@ ENDS = {
     "distinct tokens": (None, 1 / 32),
     "exact match": (1, 0),
     "extraction strength": (1, 0),
+    "familiarity": (ONE, 0),
     "memorisation accuracy": (1, 0),
+    "preference gap": (pytest.approx(11.4, abs=1.5), pytest.approx(0, abs=1e-4)),
     "probability": (ONE, None),
+    "probability familiarity": (ONE, ZERO),
     "prose NLL": (ZERO, None),
+    "rest accuracy": (1, 0),
     "said": (1, 0),
+    "span accuracy": (1, 0),
+    "span extraction": (1, 0),
     "truth ratio": (ZERO, pytest.approx(1, abs=1e-5)),
     "value probability": (ONE, None),
     "world accuracy": (1, 0),  # a tie is no knowledge
 }
 SCORED = {name: audit.roles for name, audit in AUDITS.items()}
-audits = pytest.mark.parametrize("name", AUDITS)
+# Audits of an update need roles that no corpus here has; tests/audit/test_editing.py holds them to the same promises.
+EDITING = {name for name, audit in AUDITS.items() if {"new", "neighbour"} & set(audit.roles)}
+audits = pytest.mark.parametrize("name", [name for name in AUDITS if name not in EDITING])
 
 
 def test_the_tables_agree():
-    assert set(ENDS) == set(AUDITS) and list(AUDITS) == sorted(AUDITS)
+    assert set(ENDS) == set(AUDITS) - EDITING and list(AUDITS) == sorted(AUDITS)
     assert {*EVIDENCE, *UTILITY} <= set(AUDITS)
     assert JUDGED == EVIDENCE  # the report room may not import this one
 

@@ -2,11 +2,15 @@
 
 from unremember.audit.accuracy import Accuracy
 from unremember.audit.answers import Rouge, Said
+from unremember.audit.bias import Gap
 from unremember.audit.choice import Choice
+from unremember.audit.editing import Conflict, Editing
 from unremember.audit.extraction import ExtractionStrength
+from unremember.audit.familiarity import Familiarity
 from unremember.audit.likelihood import ExtractionLikelihood
 from unremember.audit.probability import Probability
 from unremember.audit.prose import Distinct, Prose
+from unremember.audit.spans import SpanAccuracy, SpanExtraction
 from unremember.audit.truth_ratio import TruthRatio
 
 AUDITS = {
@@ -17,10 +21,23 @@ AUDITS = {
     "distinct tokens": Distinct(),
     "exact match": Accuracy(),
     "extraction strength": ExtractionStrength(),
+    "familiarity": Familiarity(),
+    "generality": Editing("generality"),
+    "generality, said": Editing("generality", said=True),
+    "locality": Editing("locality"),
+    "locality, said": Editing("locality", said=True),
     "memorisation accuracy": Accuracy(raw=True),
+    "preference gap": Gap(),
     "probability": Probability("answer"),
+    "probability familiarity": Familiarity("probability"),
     "prose NLL": Prose(),
+    "reliability": Editing("reliability"),
+    "reliability, said": Editing("reliability", said=True),
+    "residual conflict": Conflict(),
+    "rest accuracy": SpanAccuracy(rest=True),
     "said": Said(),
+    "span accuracy": SpanAccuracy(),
+    "span extraction": SpanExtraction(),
     "truth ratio": TruthRatio(),
     "value probability": Probability("span"),
     "world accuracy": Choice(accuracy=True, roles=("world",)),

@@ -233,7 +233,9 @@ def _utility_parts(corpus: dict, scores: Mapping[str, Score]) -> dict[str, float
 def _method(meta: dict, log: list[dict]) -> dict:
     method, steps = meta["method"], log[-1]["step"] if log else 0
     watched = bool(log) and any("look" in row for row in log)
-    if log and log[-1].get("stopped"):
+    if log and log[-1].get("stopped") and "gap" in log[-1].get("look", {}):
+        stop = f"the method's own criterion was met at step {steps}, which is not the level of the never-taught"
+    elif log and log[-1].get("stopped"):
         stop = f"level of the never-taught reached at step {steps}"
     elif not log:
         stop = "nothing to do: no better known than never-taught examples before the first step"
@@ -265,7 +267,7 @@ def _words(conditions: list[dict]) -> str:
 
 def _curve(log: list[dict], corpus: dict, scores: Scores) -> list[dict]:
     """Mean answer probability of forget and retained rows at each look, the original's own as step 0, and the level."""
-    looks = [row["look"] for row in log if "look" in row]
+    looks = [row["look"] for row in log if "mean" in row.get("look", {})]
     if not looks or any("probability" not in s for s in scores.values()):
         return []
     forget = [x["id"] for x in corpus["forget"]]

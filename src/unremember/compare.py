@@ -1,0 +1,390 @@
+"""Many methods on one corpus, at matched forgetting: what does it cost to know the forget set no better than a stranger?
+
+For each seed a model is taught (or taken as it is), and every method starts from it in a process of its own, until the stopper
+finds the never-taught level, or its cap.  What is compared is what is left there of what should have stayed, and where on the
+way a method lost it; never two methods after equally many steps.
+
+    OUT/compare.json  compare.csv  compare.html  seed-N/original/ (audits shared by all)  seed-N/METHOD/ (an ordinary run folder)
+
+Every METHOD folder is made once: an interrupted comparison goes on where it stopped, and a changed setting redoes what
+depends on it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from unremember.audit import AUDITS
+from unremember.bench import BENCH, Bench
+from unremember.corpus import ROLES, Corpus
+from unremember.demo import Base, known, pair, taught
+from unremember.embedded.dossier import dossier, lessons
+from unremember.embedded.prose import prose
+from unremember.embedded.teach import Teach
+from unremember.embedded.world import world
+from unremember.errors import BadInput, BadRequest, UnrememberError, nearest
+from unremember.folder import claim, fingerprint, read_json, write_json, write_text
+from unremember.forget import METHODS
+from unremember.lm import LM, auto_precision
+from unremember.report.build import build as report_of
+from unremember.request import Request, build, changed, read_corpus, request
+from unremember.run import Run, execute, lay
+from unremember.train import STRICT
+
+SECTIONS = ("compare", "model", "teach", "corpus", "forget", "method", "attack", "rule")
+WATCHED = 40  # world questions at each look; the final audit asks all of them
+PROSE = 12  # passages at each look
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The [compare] table.  worlds: how many world questions the untouched model is asked; those it knows are kept."""
+
+    __pydantic_config__ = STRICT
+    out: str
+    name: str = "compare"
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
+    worlds: Annotated[int, Field(ge=1)] = 72
+
+
+@dataclass(frozen=True)
+class People:
+    """A dossier instead of corpus files: how many people in each role; every seed has others."""
+
+    __pydantic_config__ = STRICT
+    forget: Annotated[int, Field(ge=1)] = 4
+    retain: Annotated[int, Field(ge=1)] = 8
+    holdout: Annotated[int, Field(ge=1)] = 4
+    relearn: Annotated[int, Field(ge=0)] = 2
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checked comparison.  files: the corpus for every seed, None where each seed has a dossier of its own."""
+
+    settings: Settings
+    people: People | None
+    files: Corpus | None
+    teach: Teach | None
+    raw: Mapping[str, Any]
+
+    @property
+    def out(self) -> Path:
+        return Path(self.settings.out)
+
+    def corpus(self, seed: int) -> Corpus:
+        if self.files is not None:
+            return self.files
+        p = self.people or People()
+        return dossier(seed, p.forget, p.retain, p.holdout, p.relearn).with_roles(prose=prose())
+
+    def request(self, method: str, seed: int, corpus: Corpus, model: str, control: str, precision: str) -> Request:
+        """The ordinary request of one method and seed."""
+        own = dict(self.raw.get("method", {}).get(method, {}))
+        where = own.pop("locate", None)
+        common = {k: v for k, v in self.raw.get("forget", {}).items() if _takes(method, k)}
+        plan = {**common.pop("plan", {}), **own.pop("plan", {})} if _takes(method, "plan") else {}
+        raw = {
+            "run": {"name": f"{method}, seed {seed}", "out": str(self.out / f"seed-{seed}" / method), "seed": seed},
+            "model": {**self.raw.get("model", {}), "name": model, "precision": precision}
+            | ({"control": control} if control else {}),
+            "forget": {"method": method, **common, **own} | ({"plan": plan} if plan else {}),
+            "audit": {"audits": ["probability"]},
+            "attack": self.raw.get("attack", {}),
+            "rule": self.raw.get("rule", {}),
+        } | ({"locate": where} if where else {})
+        return request(raw, corpus=corpus)
+
+
+def _takes(method: str, key: str) -> bool:
+    return key in getattr(METHODS[method], "__dataclass_fields__", {}) or key in ("sites", "lora", "chunks")
+
+
+def parse(file: Path, changes: Iterable[str] = ()) -> Comparison:
+    """Read and check a comparison, every method's settings included; BadRequest with all problems, before a weight is loaded."""
+    try:
+        raw = changed(tomllib.loads(file.read_text(encoding="utf-8")), changes)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{file} cannot be read as TOML: {error}") from error
+    return checked(raw, file.parent)
+
+
+def checked(raw: Mapping[str, Any], where: Path = Path()) -> Comparison:
+    """The comparison of plain values; where: folder that relative corpus paths start from."""
+    problems = [f"unknown table [{name}]; {nearest(name, SECTIONS)}" for name in raw if name not in SECTIONS]
+    settings = build(Settings, raw.get("compare", {}), "compare", problems)
+    tables = dict(raw.get("corpus", {}))
+    people = build(People, tables.pop("dossier"), "corpus.dossier", problems) if "dossier" in tables else None
+    teach = build(Teach, raw["teach"], "teach", problems) if "teach" in raw else None
+    files = read_corpus(tables, where, problems) if people is None else None
+    if people is not None and tables:
+        problems.append(f"corpus.dossier makes its own people; take out {', '.join(map(repr, tables))}, or the dossier")
+    model = raw.get("model", {}).get("name", "")
+    if not model:
+        problems.append("model.name is missing; name the model to start from, such as smollm2-135m")
+    for name in settings.methods if settings else ():
+        if name not in METHODS:
+            problems.append(f"compare.methods: unknown method {name!r}; {nearest(name, METHODS)}")
+    for name in raw.get("method", {}):
+        if name not in METHODS:
+            problems.append(f"[method.{name}]: unknown method; {nearest(name, METHODS)}")
+    if problems or settings is None:
+        raise BadRequest(dict.fromkeys(problems))
+    whole = Comparison(settings, people, files, teach, raw)
+    for seed in settings.seeds[:1] if files else settings.seeds:
+        corpus = whole.corpus(seed)
+        if not corpus.of("world"):
+            corpus = corpus.with_roles(world=world()[:1])
+        for name in settings.methods:
+            try:
+                whole.request(name, seed, corpus, model, raw.get("model", {}).get("control", ""), "auto")
+            except BadInput as error:
+                problems += [f"{name}: {problem}" for problem in error.problems]
+    if problems:
+        raise BadRequest(dict.fromkeys(problems))
+    return whole
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method and seed on its way."""
+
+    method: str
+    seed: int
+    request: Request
+
+    @property
+    def mark(self) -> str:
+        r = self.request
+        return fingerprint(Run(r).made_from, repr(r.attacks), r.audits, r.corpus.fingerprint(), repr(r.rule))
+
+
+def compare(
+    whole: Comparison,
+    bench: Bench = BENCH,
+    title: Callable[[str], None] = lambda text: None,
+    aside: Callable[[], AbstractContextManager] = nullcontext,
+    inside: bool = False,
+) -> dict:
+    """Do what is left and return the comparison; BadFolder where its folder is not ours.
+
+    A method that fails (diverges, refuses the model) is a row that says so.  aside: entered while another process has the
+    screen.  inside: run in this process instead of one each,
+    for tests and tuning; peak memory is then that of everything so far.
+    """
+    claim(whole.out)
+    jobs = []
+    for seed in whole.settings.seeds:
+        jobs += prepared(whole, seed, bench, title)
+    rows = []
+    for at, job in enumerate(jobs):
+        done = job.request.out / "cost.json"
+        cost = read_json(done)
+        if cost is None or cost["fingerprint"] != job.mark:
+            title(f"method {at + 1} of {len(jobs)}: {job.method}, seed {job.seed}")
+            if inside:
+                work(job, bench.device)
+            else:
+                # a process of its own: its peak memory is the method's, and nothing is left behind for the next
+                process = multiprocessing.get_context("spawn").Process(target=work, args=(job, bench.device))
+                with aside():
+                    process.start()
+                    process.join()
+                if process.exitcode:
+                    raise UnrememberError(
+                        f"{job.method}, seed {job.seed}, ended with exit code {process.exitcode} (negative: a signal; out of "
+                        "memory?); the same command again goes on from there"
+                    )
+            cost = read_json(done) or {}
+        rows.append(row(job, cost))
+    result = {
+        "schema": "unremember.compare/1",
+        "name": whole.settings.name,
+        "request": json.loads(json.dumps(dict(whole.raw), default=str)),
+        "roles": {role: len(examples) for role, examples in jobs[0].request.corpus.items()},
+        "rows": rows,
+    }
+    write_json(whole.out / "compare.json", result)
+    return result
+
+
+def prepared(whole: Comparison, seed: int, bench: Bench, title: Callable[[str], None]) -> list[Job]:
+    """Teach the models of one seed, audit and attack them once, and lay these pieces into every method's folder."""
+    given = whole.raw.get("model", {})
+    precision = given.get("precision", "auto")
+    precision = auto_precision(bench.device) if precision == "auto" else precision
+    base, corpus = Base(given["name"], precision, bench, title), whole.corpus(seed)
+    if not corpus.of("world") or whole.people is not None:
+        corpus = corpus.with_roles(world=known(base, whole.settings.worlds))
+    model, control = given["name"], given.get("control", "")
+    if whole.teach:
+        folders = {}
+        for name, roles, share in pair(corpus):
+            rows = lessons(corpus, roles, 1) if whole.people is not None else corpus.of(*roles)
+            folders[name] = str(taught(base, name, rows, share, whole.teach, seed))
+        model, control = folders["original"], folders["never-taught"]
+    del base
+    jobs = [Job(m, seed, whole.request(m, seed, corpus, model, control, precision)) for m in whole.settings.methods]
+    shared = Run(replace(jobs[0].request, out=whole.out / f"seed-{seed}" / "original"), bench, title)
+    shared.open()
+    for who in (w for w in shared.models if w != "forgotten"):
+        shared.audit(who)
+        for attack in shared.request.attacks:
+            shared.attack(attack, who)
+    for job in jobs:
+        claim(job.request.out)
+        lay(shared.out, job.request.out)
+    return jobs
+
+
+def work(job: Job, device: str) -> None:
+    """Forget, audit, attack: one job from beginning to end, with what it cost."""
+    from unremember.cli import at_work
+
+    began = time.monotonic()
+    failed = ""
+    with at_work(device) as here:
+        watch = Watcher(job.request.corpus)
+        try:
+            stages = ("locate", "forget", "attack") if job.request.attacks else ("locate", "forget")
+            execute(job.request, replace(here.bench, watch=watch), here.title, stages)
+        except UnrememberError as error:
+            failed = str(error)
+    forget = read_json(job.request.out / "forget.json") or {}
+    cost = {
+        "fingerprint": job.mark,
+        "seconds": forget.get("seconds"),
+        "all seconds": time.monotonic() - began,
+        "peak bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "failed": failed,
+    }
+    write_json(job.request.out / "cost.json", cost)
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """General ability at a look: `world` accuracy and `prose` nll on a part of what the final audit asks."""
+
+    corpus: Corpus
+
+    def __call__(self, lm: LM) -> dict[str, float]:
+        asked = Corpus({"world": self.corpus.of("world")[:WATCHED], "prose": self.corpus.of("prose")[:PROSE]})
+        fresh, found = replace(lm), {}  # a value of its own: its fingerprint is that of the weights as they are now
+        for key, audit in (("world", "world accuracy"), ("prose", "prose NLL")):
+            values = (
+                AUDITS[audit](fresh, asked, Bench(device=str(lm.device))).per_example.values() if asked.of(key) else ()
+            )
+            found |= {key: float(np.mean(list(values)))} if values else {}
+        return found
+
+
+def row(job: Job, cost: Mapping[str, Any]) -> dict:
+    """What the table and the drawings show of one job."""
+    empty = {"method": job.method, "seed": job.seed, "failed": cost.get("failed", "")}
+    if cost.get("failed"):
+        return empty
+    report = report_of(job.request.out)
+    write_json(job.request.out / "report.json", report)
+    ids = {role: [x.id for x in job.request.corpus.of(role)] for role in ROLES}
+    pieces = {
+        who: read_json(job.request.out / "audit" / f"{who}.json") or {} for who in ("original", "forgotten", "never")
+    }
+    scores = {who: {s["name"]: s["per_example"] for s in piece.get("scores", ())} for who, piece in pieces.items()}
+
+    def mean(who: str, score: str, role: str) -> float | None:
+        values = [v for k, v in scores[who].get(score, {}).items() if k in set(ids[role])]
+        return float(np.mean(values)) if values else None
+
+    def share(score: str, role: str) -> float | None:
+        now, before = mean("forgotten", score, role), mean("original", score, role)
+        return now / before if now is not None and before else None
+
+    value, prose_now, prose_then = (
+        "value probability",
+        mean("forgotten", "prose NLL", "prose"),
+        mean("original", "prose NLL", "prose"),
+    )
+    original = mean("original", value, "forget")
+    level = mean("never", value, "forget") if scores["never"] else mean("original", value, "holdout")
+    log = [json.loads(line) for line in _lines(job.request.out / "train.jsonl")]
+    looks = [x["look"] for x in log if "look" in x]
+    first = {
+        "step": 0, "r": 1.0, "kept": 1.0, "world": mean("original", "world accuracy", "world"), "prose": prose_then,
+    }  # fmt: skip
+    watched = {role: job.request.corpus.of("retain")[: len(ids["forget"])] for role in ("retain",)}
+    before = [scores["original"].get(value, {}).get(x.id) for x in watched["retain"]]
+    start = float(np.mean([x for x in before if x is not None])) if any(x is not None for x in before) else None
+
+    def left(probability: float) -> float:
+        return (
+            (probability - level) / max(original - level, 1e-9)
+            if original is not None and level is not None
+            else probability
+        )
+
+    curve = [first] + [
+        {"step": x["step"], "r": left(x["mean"]), "kept": x["kept"] / start if "kept" in x and start else None,
+         "world": x.get("world"), "prose": x.get("prose")}
+        for x in looks if x["step"] > 0
+    ]  # fmt: skip
+    conditions = {c["attack"]: c["overall"] for c in report["conditions"]}
+    return empty | {
+        "verdicts": {attack: c["verdict"] for attack, c in conditions.items()},
+        "reasons": {attack: c["reason"] for attack, c in conditions.items()},
+        "reached": bool(log and log[-1].get("stopped")) or not log,
+        "stop": report["method"]["stop"],
+        "steps": log[-1]["step"] if log else 0,
+        "r": {
+            attack: max((e["r"] for e in c["evidence"] if e["r"] is not None), default=None)
+            for attack, c in conditions.items()
+        },
+        "kept": share(value, "retain"),
+        "said": mean("forgotten", "said", "retain"),
+        "leaked": mean("forgotten", "said", "forget"),
+        "world": mean("forgotten", "world accuracy", "world"),
+        "world before": first["world"],
+        "prose": prose_now - prose_then if prose_now is not None and prose_then is not None else None,
+        "at": {f"{r:g}": at(curve, r) for r in (0.5, 0.25, 0.1)},
+        "seconds": cost.get("seconds"),
+        "peak bytes": cost.get("peak bytes"),
+        "settings": report["method"]["settings"],
+        "curve": curve,
+    }
+
+
+def at(curve: list[dict], r: float) -> dict[str, float | None] | None:
+    """What was kept where forgetting first came down to `r`, between the two looks on either side; None where it never did."""
+    for before, after in pairwise(curve):
+        if after["r"] <= r < before["r"]:
+            weight = (before["r"] - r) / max(before["r"] - after["r"], 1e-9)
+            both = {k: (before.get(k), after.get(k)) for k in ("kept", "world", "prose")}
+            return {k: None if a is None or b is None else a + weight * (b - a) for k, (a, b) in both.items()}
+    return None
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def write(result: dict, out: Path) -> Path:
+    """compare.csv and compare.html beside compare.json; returns the page."""
+    from unremember.report.pareto import csv, page
+
+    write_text(out / "compare.csv", csv(result))
+    path = out / "compare.html"
+    write_text(path, page(result))
+    return path

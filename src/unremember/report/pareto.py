@@ -1,0 +1,221 @@
+"""A comparison of methods as a page, a table and drawings: what each keeps on its way to the never-taught level.
+
+Everything is a pure function of the dictionary in compare.json.  The page needs nothing else: no network, no script.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from csv import writer
+from importlib.resources import files
+from statistics import mean
+from typing import Any
+
+from unremember.errors import BadRequest
+from unremember.report.html import number, slug
+from unremember.report.plots import COLOURS, INK, PALE, SOFT, WIDTH, short, svg
+
+COLUMNS = 3  # panels side by side, on a figure as wide as three of the report's
+REACHED, NOT = COLOURS["forgotten"], COLOURS["remembered"]
+
+
+def methods(result: dict) -> dict[str, list[dict]]:
+    """Method -> its rows, one a seed; those that kept most come first, those that failed or stopped short last."""
+    found: dict[str, list[dict]] = {}
+    for row in result["rows"]:
+        found.setdefault(row["method"], []).append(row)
+
+    def order(name: str) -> tuple:
+        rows = [r for r in found[name] if not r["failed"]]
+        reached = sum(r["reached"] for r in rows)
+        return -reached, -mean(score(r) for r in rows) if rows else 0.0, name
+
+    return {name: found[name] for name in sorted(found, key=order)}
+
+
+def score(row: dict) -> float:
+    """Share of what should have stayed that is there: the smaller of retained facts and world knowledge."""
+    world = row["world"] / row["world before"] if row["world"] is not None and row["world before"] else 1.0
+    return min(row["kept"] if row["kept"] is not None else 1.0, world)
+
+
+def lines(result: dict) -> list[dict]:
+    """One line a method: means over its seeds, with the lowest and highest where there are several."""
+    out = []
+    for name, rows in methods(result).items():
+        good = [r for r in rows if not r["failed"]]
+        line: dict[str, Any] = {
+            "method": name,
+            "seeds": len(rows),
+            "failed": sorted({r["failed"] for r in rows if r["failed"]}),
+        }
+        if good:
+            line |= {
+                "reached": sum(r["reached"] for r in good),
+                "verdicts": {a: [r["verdicts"][a] for r in good] for a in good[0]["verdicts"]},
+                "reasons": {a: [r["reasons"][a] for r in good] for a in good[0]["reasons"]},
+                "settings": good[0]["settings"],
+                **{
+                    key: spread([r[key] for r in good])
+                    for key in ("kept", "said", "leaked", "world", "prose", "steps", "seconds", "peak bytes")
+                },
+                **{
+                    f"kept at {r}": spread([x["at"][r]["kept"] for x in good if x["at"][r]])
+                    for r in ("0.5", "0.25", "0.1")
+                },
+            }
+        out.append(line)
+    return out
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Mean, lowest and highest of the numbers there are."""
+    there = [float(v) for v in values if v is not None]
+    return {"mean": mean(there), "low": min(there), "high": max(there), "n": len(there)} if there else None
+
+
+CSV = (
+    "method", "seed", "failed", "reached", "steps", "kept", "said", "leaked", "world", "prose", "seconds", "peak bytes", "stop",
+)  # fmt: skip
+
+
+def csv(result: dict) -> str:
+    """One row a method and seed; the same numbers as compare.json, without its curves."""
+    out = io.StringIO()
+    table = writer(out, lineterminator="\n")
+    attacks = sorted({a for row in result["rows"] for a in row.get("verdicts", ())})
+    table.writerow([*CSV, *(f"verdict {a}" for a in attacks), *(f"kept at R {r}" for r in ("0.5", "0.25", "0.1"))])
+    for row in result["rows"]:
+        verdicts = [row.get("verdicts", {}).get(a, "") for a in attacks]
+        at = [(row.get("at", {}).get(r) or {}).get("kept", "") for r in ("0.5", "0.25", "0.1")]
+        table.writerow([*("" if (v := row.get(key, "")) is None else v for key in CSV), *verdicts, *at])
+    return out.getvalue()
+
+
+def paths(result: dict, key: str = "kept") -> str:
+    """A panel a method: forgetting (to the right) against what was kept, a line a seed; every other method in grey behind."""
+    rows = {name: [r for r in found if not r["failed"] and r["curve"]] for name, found in methods(result).items()}
+    rows = {name: found for name, found in rows.items() if any(p[key] is not None for r in found for p in r["curve"])}
+    if not rows:
+        return ""
+    each, wide = 118, WIDTH / COLUMNS
+    height = each * -(-len(rows) // COLUMNS) + 26
+
+    def track(row: dict) -> list[tuple[float, float]]:
+        first = row["curve"][0][key] or 1.0
+        scale = first if key == "world" else 1.0
+        return [(1 - min(max(p["r"], -0.1), 1.1), p[key] / scale) for p in row["curve"] if p[key] is not None]
+
+    def draw(figure):
+        for i, (name, found) in enumerate(rows.items()):
+            left, bottom = (i % COLUMNS) * wide + 24, height - (i // COLUMNS + 1) * each + 14
+            ax = figure.add_axes((left / WIDTH, bottom / height, (wide - 32) / WIDTH, (each - 36) / height))
+            for other in (r for n, group in rows.items() if n != name for r in group):
+                ax.plot(*zip(*track(other), strict=True), color=SOFT, alpha=0.35, linewidth=0.6, zorder=1)
+            for row in found:
+                colour = REACHED if row["reached"] else NOT
+                ax.plot(*zip(*track(row), strict=True), color=colour, linewidth=1.2, marker="o", markersize=2, zorder=3)
+                ax.plot(*track(row)[-1], color=colour, marker="o", markersize=5, zorder=4)
+            ax.axvline(1, color=SOFT, linewidth=0.6, dashes=(3, 3), zorder=0)
+            ax.set(xlim=(-0.05, 1.15), ylim=(-0.05, 1.1))
+            ax.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+            ax.set_yticks([0, 0.5, 1], ["0", "½", "1"] if i % COLUMNS == 0 else [])
+            ax.set_title(short(name, 18), fontsize=9, fontweight="bold", loc="left", pad=3, color=INK)
+        kept = "retained facts" if key == "kept" else "world questions"
+        figure.text(
+            0.5, 3 / height, f"right: forgotten, up: {kept} kept", ha="center", va="bottom", color=SOFT, fontsize=9
+        )
+
+    return svg(f"paths {key}", f"forgetting against {key}, a panel a method", height, draw)
+
+
+def ends(result: dict) -> str:
+    """A line a method, at the never-taught level: retained facts and world knowledge kept, rise of prose loss, seconds."""
+    rows = [line for line in lines(result) if line.get("kept") or line.get("world")]
+    if not rows:
+        return ""
+    step, top, bottom = 17, 24, 24
+    height = step * len(rows) + top + bottom
+    before = mean(r["world before"] for r in result["rows"] if r.get("world before")) or 1.0
+    panels = (
+        ("kept", "facts kept", 1.0, (0, 1.1)),
+        ("world", "world kept", before, (0, 1.1)),
+        ("prose", "prose nats", 1.0, None),
+        ("seconds", "seconds", 1.0, None),
+    )
+
+    def draw(figure):
+        label = 76
+        wide = (WIDTH - label) / len(panels)
+        for i, (key, title, scale, limits) in enumerate(panels):
+            ax = figure.add_axes(
+                ((label + i * wide + 4) / WIDTH, bottom / height, (wide - 12) / WIDTH, (height - top - bottom) / height)
+            )
+            for y, line in enumerate(rows):
+                found = line[key]
+                if found is None:
+                    continue
+                colour = REACHED if line["reached"] == line["seeds"] else NOT
+                ax.plot([found["low"] / scale, found["high"] / scale], [y, y], color=colour, linewidth=1.4, alpha=0.5)
+                ax.plot(found["mean"] / scale, y, marker="o", markersize=5, color=colour, clip_on=False)
+            ax.set_ylim(len(rows) - 0.5, -0.5)
+            if limits:
+                ax.set_xlim(*limits)
+            ax.set_yticks(range(len(rows)), [short(r["method"], 14) for r in rows] if i == 0 else [""] * len(rows))
+            ax.tick_params(axis="y", length=0, colors=INK)
+            ax.grid(color=PALE, linewidth=0.5)
+            ax.set_axisbelow(True)
+            ax.locator_params(axis="x", nbins=3)
+            ax.set_title(title, fontsize=9, loc="left", pad=4, color=SOFT)
+        figure.text(
+            0.5,
+            3 / height,
+            "blue: level reached with every seed, red: not",
+            ha="center",
+            va="bottom",
+            color=SOFT,
+            fontsize=8,
+        )
+
+    return svg("ends", "what each method kept where it had forgotten", height, draw)
+
+
+def page(result: dict) -> str:
+    """The comparison as one page."""
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError as absent:
+        raise BadRequest("the page needs jinja2; install unremember[report]") from absent
+
+    env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env.filters |= {"number": number, "slug": slug, "ranged": ranged, "short": short}
+    drawings = {
+        "At the never-taught level": (
+            ends(result),
+            "Each dot is the mean over seeds, each line from lowest to highest.",
+        ),
+        "Forgetting against retained facts": (
+            paths(result),
+            "Each line is a seed, each dot a look. Blue lines end at the never-taught level, red ones at their cap.",
+        ),
+        "Forgetting against world knowledge": (paths(result, "world"), "The same, against general questions."),
+    }
+    template = files("unremember.report").joinpath("compare.html").read_text("utf-8")
+    return env.from_string(template).render(
+        result=result,
+        lines=lines(result),
+        attacks=sorted({a for row in result["rows"] for a in row.get("verdicts", ())}, key=lambda a: (a != "none", a)),
+        drawings={title: (Markup(drawn), caption) for title, (drawn, caption) in drawings.items() if drawn},
+    )
+
+
+def ranged(found: dict | None, form: str = "{:.2f}", scale: float = 1.0) -> str:
+    """A mean with its lowest and highest, where these differ."""
+    if found is None:
+        return "–"
+    shown = form.format(found["mean"] * scale)
+    if found["n"] > 1 and found["low"] != found["high"]:
+        shown += f" ({form.format(found['low'] * scale)} to {form.format(found['high'] * scale)})"
+    return shown.replace("-", "−")

@@ -1,0 +1,79 @@
+"""The page of a comparison: a row a method, honest about what failed, and nothing that runs."""
+
+import re
+from copy import deepcopy
+from xml.etree import ElementTree
+
+import pytest
+
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+from unremember.report.pareto import csv, ends, lines, methods, page, paths, ranged, spread
+
+
+def row(method: str, seed: int, kept: float, reached: bool = True) -> dict:
+    curve = [
+        {"step": step, "r": r, "kept": k, "world": 0.9, "prose": 3.9}
+        for step, r, k in ((0, 1.0, 1.0), (4, 0.4, 0.8), (8, 0.0 if reached else 0.3, kept))
+    ]
+    return {
+        "method": method, "seed": seed, "failed": "", "verdicts": {"none": "forgotten", "relearn": "remembered"},
+        "reasons": {"none": "at most 1% is left", "relearn": "a value <is> said"}, "reached": reached, "stop": "level",
+        "steps": 8, "r": {"none": 0.01}, "kept": kept, "said": 1.0, "leaked": 0.0, "world": 0.81, "world before": 0.9,
+        "prose": 0.02,
+        "at": {"0.5": {"kept": 0.85, "world": 0.9, "prose": 3.9}, "0.25": None, "0.1": None}, "seconds": 60.0,
+        "peak bytes": 3e9, "settings": {"beta": 0.1}, "curve": curve,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def result() -> dict:
+    rows = [row("npo", 0, 0.9), row("npo", 1, 0.7), row("ascent", 0, 0.95, reached=False), row("ascent", 1, 0.5)]
+    rows += [{"method": "wild", "seed": s, "failed": "training diverged at step 3"} for s in (0, 1)]
+    return {
+        "schema": "unremember.compare/1",
+        "name": "a <b> test",
+        "request": {},
+        "roles": {"forget": 12},
+        "rows": rows,
+    }
+
+
+def test_methods_that_reach_the_level_come_first_and_failures_last(result):
+    assert list(methods(result)) == ["npo", "ascent", "wild"]
+    first, second, last = lines(result)
+    assert (first["reached"], second["reached"]) == (2, 1) and "reached" not in last
+    assert first["kept"] == {"mean": pytest.approx(0.8), "low": 0.7, "high": 0.9, "n": 2}
+    assert first["kept at 0.25"] is None and first["kept at 0.5"]["mean"] == pytest.approx(0.85)
+    assert last["failed"] == ["training diverged at step 3"]
+
+
+def test_spread_and_its_text_by_hand():
+    assert spread([None, 1, 3]) == {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 2} and spread([None]) is None
+    assert ranged(spread([1, 3])) == "2.00 (1.00 to 3.00)" and ranged(spread([2])) == "2.00" and ranged(None) == "–"
+    assert ranged(spread([-0.5]), "{:+.2f}") == "−0.50"
+
+
+def test_the_table_of_numbers_has_a_row_a_job(result):
+    head, *rows = csv(result).splitlines()
+    assert len(rows) == 6 and head.startswith("method,seed,failed,reached") and "verdict relearn" in head
+    assert all(len(line.split(",")) == len(head.split(",")) for line in rows)
+
+
+def test_drawings_are_svg_with_a_panel_a_method(result):
+    for drawn in (paths(result), paths(result, "world"), ends(result)):
+        ElementTree.fromstring(drawn)
+    assert "npo" in paths(result) and "wild" not in paths(result)
+
+
+def test_the_page_needs_nothing_and_runs_nothing(result):
+    text = page(result)
+    assert "a &lt;b&gt; test" in text and "a value &lt;is&gt; said" in text and "training diverged" in text
+    assert not re.search(r"<script|https?://(?!www\.w3\.org)", text)
+
+
+def test_nothing_but_failures_is_a_page_too(result):
+    bad = deepcopy(result)
+    bad["rows"] = bad["rows"][-2:]
+    assert paths(bad) == ends(bad) == "" and "training diverged" in page(bad)

@@ -1,0 +1,136 @@
+"""Comparisons: one request a method and seed, made once, at matched forgetting."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from unremember import compare as room
+from unremember.bench import Bench
+from unremember.corpus import Corpus
+from unremember.embedded.world import world
+from unremember.errors import BadRequest, Diverged
+from unremember.folder import read_json
+
+RAW = {
+    "compare": {"out": "out", "methods": ["npo", "wga"], "seeds": [0], "worlds": 20},
+    "model": {"name": "tiny", "precision": "fp32"},
+    "teach": {"replay": 1.0, "plan": {"steps": 60, "lr": 1e-2, "batch": 10, "beside": 4, "schedule": "linear"}},
+    "corpus": {"dossier": {"forget": 2, "retain": 3, "holdout": 4, "relearn": 1}},
+    "forget": {"part": "span", "retain": 3.0, "plan": {"steps": 40, "lr": 2e-3, "stop": "probability", "every": 2}},
+    "method": {"wga": {"alpha": 0.5}},
+}
+
+
+def raw(**tables) -> dict:
+    return json.loads(json.dumps(RAW)) | tables
+
+
+@pytest.fixture(scope="module")
+def done(tiny, tmp_path_factory):
+    """A small comparison, done once."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    whole = room.checked(raw(compare=RAW["compare"] | {"out": str(out)}))
+    titles: list[str] = []
+    result = room.compare(whole, Bench(), titles.append, inside=True)
+    return whole, result, titles
+
+
+def test_each_method_starts_from_the_same_model_and_ends_at_the_level(done):
+    whole, result, _ = done
+    npo, wga = result["rows"]
+    assert (npo["method"], wga["method"]) == ("npo", "wga") and npo["settings"] != wga["settings"]
+    assert wga["settings"]["alpha"] == 0.5 and wga["settings"]["part"] == npo["settings"]["part"] == "span"
+    for row in result["rows"]:
+        assert not row["failed"] and row["curve"][0] == pytest.approx(npo["curve"][0]) and row["curve"][0]["r"] == 1.0
+        assert row["reached"] and row["curve"][-1]["r"] < 0.3 and row["steps"] == row["curve"][-1]["step"] < 40
+        assert all(0 < p["world"] <= 1 and p["prose"] > 0 for p in row["curve"]), "every look saw general ability"
+        assert row["seconds"] > 0 and row["peak bytes"] > 1e8
+    originals = {(whole.out / "seed-0" / m / "audit" / "original.json").read_bytes() for m in ("npo", "wga")}
+    assert len(originals) == 1
+    page = room.write(result, whole.out)
+    assert page.exists() and (whole.out / "compare.csv").read_text().count("\n") == 3
+
+
+def test_every_method_folder_is_an_ordinary_run(done):
+    from unremember.report import build
+
+    whole, result, _ = done
+    report = build(whole.out / "seed-0" / "npo")
+    assert report["conditions"][0]["overall"]["verdict"] == result["rows"][0]["verdicts"]["none"]
+
+
+def test_a_second_comparison_makes_nothing_again_and_a_change_only_what_it_touches(done, monkeypatch):
+    whole, result, _ = done
+    titles: list[str] = []
+    assert room.compare(whole, Bench(), titles.append, inside=True) == result and titles == []
+    other = room.checked({**whole.raw, "method": {"wga": {"alpha": 1.0}}})
+    monkeypatch.setattr(room, "work", lambda job, device: titles.append(job.method))
+    with pytest.raises((KeyError, TypeError, ValueError, OSError)):  # nothing was made, so there is no cost to read
+        room.compare(other, Bench(), lambda _: None, inside=True)
+        raise ValueError
+    assert titles == ["wga"]
+
+
+def test_a_method_that_fails_is_a_row_that_says_so(done, monkeypatch, tmp_path):
+    whole, _, _ = done
+
+    def broken(request, *_):
+        raise Diverged(3, {"npo": float("nan")})
+
+    monkeypatch.setattr(room, "execute", broken)
+    again = replace(whole, settings=replace(whole.settings, out=str(tmp_path / "out"), methods=("npo",)))
+    [row] = room.compare(again, Bench(), inside=True)["rows"]
+    assert "diverged at step 3" in row["failed"]
+    assert read_json(again.out / "seed-0" / "npo" / "cost.json")["failed"] == row["failed"]
+    room.write({"name": "x", "rows": [row], "roles": {}}, again.out)
+
+
+def test_in_between_by_hand():
+    curve = [
+        {"step": 0, "r": 1.0, "kept": 1.0, "world": 0.9, "prose": None},
+        {"step": 2, "r": 0.6, "kept": 0.9, "world": 0.9, "prose": None},
+        {"step": 4, "r": 0.2, "kept": 0.5, "world": 0.7, "prose": None},
+        {"step": 6, "r": 0.3, "kept": 0.6, "world": 0.7, "prose": None},
+    ]
+    found = room.at(curve, 0.5)
+    assert found == {"kept": pytest.approx(0.8), "world": pytest.approx(0.85), "prose": None}
+    assert room.at(curve, 0.1) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"compare": {"methods": ["npo"]}}, "compare"),
+        ({"compare": RAW["compare"] | {"methods": ["nqo"]}}, "unknown method 'nqo'; did you mean"),
+        ({"compare": RAW["compare"] | {"seeds": [-1]}}, "compare.seeds.0 is -1"),
+        ({"model": {}}, "model.name is missing"),
+        ({"corpus": {"dossier": {"forget": 0}}}, "corpus.dossier.forget is 0"),
+        ({"corpus": {"dossier": {}, "forget": "x.jsonl"}}, "corpus.dossier makes its own people"),
+        ({"method": {"npo": {"betta": 1.0}}}, "npo: unknown key forget.betta"),
+        ({"teach": {"plan": {"steps": 0, "lr": 1e-3}}}, "teach.plan.steps is 0"),
+        ({"tune": {}}, "unknown table [tune]"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_taught(change, said, tmp_path):
+    with pytest.raises(BadRequest) as raised:
+        room.checked(raw(**change), tmp_path)
+    assert any(said in problem for problem in raised.value.problems), raised.value.problems
+
+
+def test_a_file_that_is_no_toml_is_refused(tmp_path):
+    with pytest.raises(BadRequest, match="cannot be read as TOML"):
+        room.parse(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[compare")
+    with pytest.raises(BadRequest, match="cannot be read as TOML"):
+        room.parse(Path(tmp_path / "bad.toml"))
+
+
+def test_general_ability_is_that_of_the_weights_as_they_are_now(tiny, moved, corpus):
+    """A look comes in the middle of training, where what an audit remembers of a model would be stale."""
+    watch = room.Watcher(Corpus({"world": world()[:10], "prose": corpus["prose"]}))
+    lm = tiny.copy()
+    before = watch(lm)
+    lm.model.load_state_dict(moved.model.state_dict())
+    assert watch(lm) == watch(moved) != before
