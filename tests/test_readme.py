@@ -18,6 +18,7 @@ from unremember.audit import AUDITS, EVIDENCE, UTILITY
 from unremember.cli import app
 from unremember.corpus import ROLES
 from unremember.forget import METHODS
+from unremember.locate import LOCATORS
 from unremember.readers import Source, read
 from unremember.request import SECTIONS
 from unremember.score import RULE
@@ -172,10 +173,12 @@ def test_the_named_tests_exist():
 
 def test_the_tables_of_the_readme_are_complete():
     told = first_cells(section(README, "What is in it"))
-    assert sorted(told) == sorted([*METHODS, *AUDITS, *ATTACKS])
+    assert sorted(told) == sorted([*METHODS, *LOCATORS, *AUDITS, *ATTACKS])
 
 
-@pytest.mark.parametrize(("title", "room"), [("Methods", METHODS), ("Audits", AUDITS), ("Attacks", ATTACKS)])
+@pytest.mark.parametrize(
+    ("title", "room"), [("Methods", METHODS), ("Locators", LOCATORS), ("Audits", AUDITS), ("Attacks", ATTACKS)]
+)
 def test_everything_has_its_row_among_the_papers(title, room):
     assert sorted(first_cells(section(PAPERS, title))) == sorted(room)
 

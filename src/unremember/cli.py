@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -238,7 +238,7 @@ def ls() -> None:
 
     from unremember.attack import ATTACKS
     from unremember.audit import AUDITS
-    from unremember.forget import METHODS
+    from unremember.forget import METHODS, PRESETS
     from unremember.locate import LOCATORS
 
     for title, room in (("methods", METHODS), ("locators", LOCATORS), ("audits", AUDITS), ("attacks", ATTACKS)):
@@ -246,9 +246,21 @@ def ls() -> None:
         for column in ("name", "what it is", "paper", "needs"):
             grid.add_column(column)
         for name, item in room.items():
-            needs = item.needs if isinstance(item.needs, tuple) else ("forget", "(retain)")
+            needs = item.needs if isinstance(item.needs, tuple) else _needs(item, PRESETS.get(name))
             grid.add_row(name, item.summary, item.paper, ", ".join(needs))
         Console().print(grid, "")
+
+
+def _needs(kind: Any, preset: dict | None) -> tuple[str, ...]:
+    """Roles that a method needs as its preset has it, and in brackets those that another setting would need."""
+    from pydantic import TypeAdapter
+
+    if preset is None:  # a control: it needs what the locator that it is a control for needs
+        return ("forget",)
+    needs = TypeAdapter(kind).validate_python(preset).needs
+    more = {"retain": "retain", "learn": "new"}
+    has = getattr(kind, "__dataclass_fields__", {})
+    return (*needs, *(f"({role})" for field, role in more.items() if field in has and role not in needs))
 
 
 def _request(file: Path, changes: list[str] | None, out: Path | None):

@@ -59,7 +59,7 @@ PRESETS = {
     "smollm2": Preset(
         model="smollm2-135m",
         people=(4, 8, 4, 2),
-        teach=Teach(Plan(steps=36, lr=3e-4, batch=36, beside=12, warmup=3, schedule="linear"), replay=0.5),
+        teach=Teach(Plan(steps=34, lr=3e-4, batch=36, beside=12, warmup=3, schedule="linear"), replay=0.5),
         method=NPO(Plan(steps=48, lr=5e-5, beside=24, stop="preference", every=6), beta=0.1, retain=20.0, part="span"),
         relearn=Relearn(Plan(steps=10, lr=2e-5)),
         rephrase=Rephrase(wordings=2),

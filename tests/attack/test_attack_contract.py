@@ -89,15 +89,18 @@ def test_nothing_comes_back_where_nothing_was(name, taught, never, corpus, asked
 
 
 def test_relearning_recovers_what_is_hidden_and_invents_nothing(hider, taught, never, corpus, asked):
-    """The hider says none of its values, and many of them again after some steps on six other people's facts.
+    """The hider says none of its values, and many of them again after some steps on other people's facts.
 
-    After how many steps depends on the processor's rounding: a fact counts where any of three budgets brings it back, and the
-    never-taught twin has to stay silent at all of them.
+    Those of six strangers, and of the people whom the model still knows: strangers alone overwrite what is hidden, on a model so
+    small (measured 0 to 0.17 of the values, by the processor's rounding; with both 0.58, the original 0.42).  After how many
+    steps depends on rounding, too: a fact counts where any of three budgets brings it back, and the never-taught twin has to stay
+    silent at all of them.
     """
     assert mean(scores("said", hider, corpus, asked)) == 0
     here = {x.entity for x in corpus.of("forget", "retain", "holdout")}
     others = [x for x in dossier(7, forget=6, retain=1, holdout=4, relearn=1)["forget"] if x.entity not in here]
-    corpus = corpus.with_roles(relearn=others)
+    known = [replace(x, id=f"{x.id}/known") for x in corpus["retain"]]
+    corpus = corpus.with_roles(relearn=[*known, *others])
     said = {who: dict.fromkeys(asked, 0.0) for who in ("original", "hider", "never")}
     for steps, lr in ((15, 1e-3), (25, 5e-4), (25, 1e-3)):
         for who, lm in (("original", taught), ("hider", hider), ("never", never)):

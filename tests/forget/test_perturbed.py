@@ -286,7 +286,7 @@ def test_laid_out_one_row_a_lane_it_is_the_same_loss(moved, corpus):
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_the_loss_is_taken_under_the_displacement(moved, corpus, steps):
-    pools, plain, made = wrapped(moved, corpus, Ascent(PLAN), 0.2, steps, seed=7, done=2)
+    pools, plain, made = wrapped(moved, corpus, Ascent(PLAN), 0.2, steps, seed=7, step=2)
     with torch.no_grad():
         found = made(moved, pack(lanes(pools["forget"], 256), "forget"))["ascent"].item()
         clean = plain(moved, pack(lanes(pools["forget"], 256), "forget"))["ascent"].item()
