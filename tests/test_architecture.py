@@ -105,6 +105,15 @@ def test_rooms_that_change_and_measure_do_not_know_one_another(room):
             assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
 
 
+def test_what_locates_knows_nobody_who_changes_or_measures():
+    """The flow is one-way: methods may ask locators, and not the other way round."""
+    later = tuple(f"unremember.{room}." for room in ROOMS)
+    for module in FILES:
+        if f"{module}.".startswith("unremember.locate."):
+            wrong = [name for name in imports(module, ever=True) if f"{name}.".startswith(later)]
+            assert not wrong, f"{module} imports {', '.join(sorted(wrong))}"
+
+
 @pytest.mark.parametrize("name", LIGHT)
 def test_light_modules_are_there(name):
     assert f"unremember.{name}" in FILES

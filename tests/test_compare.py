@@ -12,6 +12,7 @@ from unremember.corpus import Corpus
 from unremember.embedded.world import world
 from unremember.errors import BadRequest, Diverged
 from unremember.folder import read_json
+from unremember.forget import METHODS
 
 RAW = {
     "compare": {"out": "out", "methods": ["npo", "wga"], "seeds": [0], "worlds": 20},
@@ -87,6 +88,20 @@ def test_a_method_that_fails_is_a_row_that_says_so(done, monkeypatch, tmp_path):
     room.write({"name": "x", "rows": [row], "roles": {}}, again.out)
 
 
+def test_points_by_hand():
+    looks = [
+        {"step": 0, "mean": 0.9, "kept": 0.9},
+        {"step": 2, "mean": 0.5, "kept": 0.6, "world": 0.7, "prose": 4.0},
+        {"step": 4, "mean": 0.1},
+    ]
+    found = room.path(looks, known=0.9, level=0.1, kept=0.8, world=0.75, prose=3.9)
+    assert found == [
+        {"step": 0, "r": 1.0, "kept": 1.0, "world": 0.75, "prose": 3.9},
+        {"step": 2, "r": pytest.approx(0.5), "kept": pytest.approx(0.75), "world": 0.7, "prose": 4.0},
+        {"step": 4, "r": pytest.approx(0.0), "kept": None, "world": None, "prose": None},
+    ]
+
+
 def test_in_between_by_hand():
     curve = [
         {"step": 0, "r": 1.0, "kept": 1.0, "world": 0.9, "prose": None},
@@ -111,12 +126,22 @@ def test_in_between_by_hand():
         ({"method": {"npo": {"betta": 1.0}}}, "npo: unknown key forget.betta"),
         ({"teach": {"plan": {"steps": 0, "lr": 1e-3}}}, "teach.plan.steps is 0"),
         ({"tune": {}}, "unknown table [tune]"),
+        ({"forget": {"plan": {"stop": "never"}}}, "npo: stop is 'never'; methods are compared where"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_taught(change, said, tmp_path):
     with pytest.raises(BadRequest) as raised:
         room.checked(raw(**change), tmp_path)
     assert any(said in problem for problem in raised.value.problems), raised.value.problems
+
+
+@pytest.mark.parametrize("name", ["dossier", "validation", "tofu"])
+def test_the_comparisons_of_the_repository_are_good(name):
+    folder = Path(__file__).parents[1] / "benchmarks" / "compare"
+    if name == "tofu" and not (folder / "../../../shared/data/tofu").is_dir():
+        pytest.skip("TOFU's files are not part of this repository")
+    whole = room.parse(folder / f"{name}.toml", ["compare.seeds=[0]"])
+    assert set(whole.settings.methods) == set(METHODS) or name == "tofu"
 
 
 def test_a_file_that_is_no_toml_is_refused(tmp_path):

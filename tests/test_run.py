@@ -24,6 +24,8 @@ from unremember.errors import BadFolder, BadRequest
 from unremember.folder import cache, read_json, write_json
 from unremember.forget import Ascent
 from unremember.lm import load
+from unremember.locate.gradients import Gradients
+from unremember.locate.ranking import Budget, Ranking, select
 from unremember.request import Lora, Request, again
 from unremember.run import Run, execute
 from unremember.train import Plan
@@ -296,6 +298,55 @@ def test_an_adapter_is_written_and_loads(asked, models, tmp_path):
         run("two")
     weights = "adapter_model.safetensors"
     assert contents(model)[weights] == contents(tmp_path / "two" / "model")[weights]  # drawn from the seed alone
+
+
+# ── where it is stored, and in portions ──
+
+
+def test_a_locator_says_what_moves_and_is_asked_once(asked, models, monkeypatch):
+    wanted = asked(
+        Ascent(Plan(steps=2, lr=1e-3)),
+        locator_name="gradients",
+        locator=Gradients(kind="weight"),
+        budget=Budget(units=20),
+    )
+    titles: list[str] = []
+    built = execute(wanted, title=titles.append)
+    assert "locate with gradients" in titles
+    located = built["method"]["settings"]["located"]
+    assert located["locator"] == "gradients" and located["budget"] == {"units": 20}
+    ranking, piece = Ranking.load(wanted.out / "sites.safetensors"), read_json(wanted.out / "locate.json")
+    assert piece["unit"] == ranking.unit and len(piece["best"]) == 20
+    assert [row[:2] for row in piece["best"]] == [list(x) for x in ranking.best(20)]
+    old, new = load(models["original"], precision="fp32"), load(str(wanted.out / "model"), precision="fp32")
+    open_sites = select(ranking, old.model, Budget(units=20)).masks
+    for name, weight in old.model.named_parameters():
+        moved = new.model.get_parameter(name) != weight
+        assert not moved.any() if name not in open_sites else not (moved & ~open_sites[name]).any()
+    assert any((new.model.get_parameter(name) != old.model.get_parameter(name)).any() for name in open_sites)
+
+    titles.clear()
+    execute(replace(wanted, method=Ascent(Plan(steps=3, lr=1e-3))), title=titles.append, stages=("forget",))
+    assert "locate with gradients" not in titles and "forget with made" in titles, "another method, the same place"
+    execute(replace(wanted, locator=Gradients(kind="gradient")), title=titles.append, stages=("locate",))
+    assert "locate with gradients" in titles
+
+
+def test_portions_are_told_in_the_log_and_the_report(asked):
+    wanted = asked(Ascent(Plan(steps=2, lr=1e-4)), chunks=3)
+    built = execute(wanted, stages=("audit", "forget", "report"))
+    log = [json.loads(line) for line in (wanted.out / "train.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6] and [line["portion"] for line in log] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
+    assert [len(line["portions"]) for line in log if "portions" in line] == [3, 3, 3]
+    assert built["method"]["settings"]["chunks"] == 3 and built["method"]["steps"] == 6
+    assert not list(wanted.out.glob("train.*.jsonl")) and not (wanted.out / "checkpoint").exists()
 
 
 # ── verdicts: the three that must never come out otherwise ──

@@ -17,7 +17,7 @@ import multiprocessing
 import resource
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -42,11 +42,13 @@ from unremember.lm import LM, auto_precision
 from unremember.report.build import build as report_of
 from unremember.request import Request, build, changed, read_corpus, request
 from unremember.run import Run, execute, lay
+from unremember.screen import at_work
 from unremember.train import STRICT
 
 SECTIONS = ("compare", "model", "teach", "corpus", "forget", "method", "attack", "rule")
 WATCHED = 40  # world questions at each look; the final audit asks all of them
 PROSE = 12  # passages at each look
+VALUE = "value probability"  # what the stopper looks at, and so what matched forgetting means
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,12 @@ def checked(raw: Mapping[str, Any], where: Path = Path()) -> Comparison:
             corpus = corpus.with_roles(world=world()[:1])
         for name in settings.methods:
             try:
-                whole.request(name, seed, corpus, model, raw.get("model", {}).get("control", ""), "auto")
+                made = whole.request(name, seed, corpus, model, raw.get("model", {}).get("control", ""), "auto").method
+                if (level := getattr(made, "plan", made).stop) not in ("probability", "preference"):
+                    problems.append(
+                        f"{name}: stop is {level!r}; methods are compared where value probability has come down to the "
+                        'never-taught level: set it to "probability" or "preference"'
+                    )
             except BadInput as error:
                 problems += [f"{name}: {problem}" for problem in error.problems]
     if problems:
@@ -182,9 +189,9 @@ def compare(
 ) -> dict:
     """Do what is left and return the comparison; BadFolder where its folder is not ours.
 
-    A method that fails (diverges, refuses the model) is a row that says so.  aside: entered while another process has the
-    screen.  inside: run in this process instead of one each,
-    for tests and tuning; peak memory is then that of everything so far.
+    A method that fails (diverges, refuses the model, dies) is a row that says so, and the others go on.  aside: entered while
+    another process has the screen.  inside: run in this process instead of one each, for tests; peak memory is then that of
+    everything so far.
     """
     claim(whole.out)
     jobs = []
@@ -204,11 +211,10 @@ def compare(
                 with aside():
                     process.start()
                     process.join()
-                if process.exitcode:
-                    raise UnrememberError(
-                        f"{job.method}, seed {job.seed}, ended with exit code {process.exitcode} (negative: a signal; out of "
-                        "memory?); the same command again goes on from there"
-                    )
+                if process.exitcode:  # not written down: the same command again tries it again
+                    why = f"ended with exit code {process.exitcode} (negative: a signal; out of memory?)"
+                    rows.append(row(job, {"failed": why}))
+                    continue
             cost = read_json(done) or {}
         rows.append(row(job, cost))
     result = {
@@ -253,8 +259,6 @@ def prepared(whole: Comparison, seed: int, bench: Bench, title: Callable[[str], 
 
 def work(job: Job, device: str) -> None:
     """Forget, audit, attack: one job from beginning to end, with what it cost."""
-    from unremember.cli import at_work
-
     began = time.monotonic()
     failed = ""
     with at_work(device) as here:
@@ -297,50 +301,27 @@ def row(job: Job, cost: Mapping[str, Any]) -> dict:
     empty = {"method": job.method, "seed": job.seed, "failed": cost.get("failed", "")}
     if cost.get("failed"):
         return empty
-    report = report_of(job.request.out)
+    report, corpus = report_of(job.request.out), job.request.corpus
     write_json(job.request.out / "report.json", report)
-    ids = {role: [x.id for x in job.request.corpus.of(role)] for role in ROLES}
-    pieces = {
-        who: read_json(job.request.out / "audit" / f"{who}.json") or {} for who in ("original", "forgotten", "never")
-    }
+    ids = {role: [x.id for x in corpus.of(role)] for role in ROLES}
+    pieces = {w: read_json(job.request.out / "audit" / f"{w}.json") or {} for w in ("original", "forgotten", "never")}
     scores = {who: {s["name"]: s["per_example"] for s in piece.get("scores", ())} for who, piece in pieces.items()}
 
-    def mean(who: str, score: str, role: str) -> float | None:
-        values = [v for k, v in scores[who].get(score, {}).items() if k in set(ids[role])]
+    def mean(who: str, score: str, over: Sequence[str]) -> float | None:
+        values = [v for k, v in scores[who].get(score, {}).items() if k in set(over)]
         return float(np.mean(values)) if values else None
 
-    def share(score: str, role: str) -> float | None:
-        now, before = mean("forgotten", score, role), mean("original", score, role)
-        return now / before if now is not None and before else None
-
-    value, prose_now, prose_then = (
-        "value probability",
-        mean("forgotten", "prose NLL", "prose"),
-        mean("original", "prose NLL", "prose"),
-    )
-    original = mean("original", value, "forget")
-    level = mean("never", value, "forget") if scores["never"] else mean("original", value, "holdout")
+    kept, before = (mean(who, VALUE, ids["retain"]) for who in ("forgotten", "original"))
+    prose, former = (mean(who, "prose NLL", ids["prose"]) for who in ("forgotten", "original"))
     log = [json.loads(line) for line in _lines(job.request.out / "train.jsonl")]
-    looks = [x["look"] for x in log if "look" in x]
-    first = {
-        "step": 0, "r": 1.0, "kept": 1.0, "world": mean("original", "world accuracy", "world"), "prose": prose_then,
-    }  # fmt: skip
-    watched = {role: job.request.corpus.of("retain")[: len(ids["forget"])] for role in ("retain",)}
-    before = [scores["original"].get(value, {}).get(x.id) for x in watched["retain"]]
-    start = float(np.mean([x for x in before if x is not None])) if any(x is not None for x in before) else None
-
-    def left(probability: float) -> float:
-        return (
-            (probability - level) / max(original - level, 1e-9)
-            if original is not None and level is not None
-            else probability
-        )
-
-    curve = [first] + [
-        {"step": x["step"], "r": left(x["mean"]), "kept": x["kept"] / start if "kept" in x and start else None,
-         "world": x.get("world"), "prose": x.get("prose")}
-        for x in looks if x["step"] > 0
-    ]  # fmt: skip
+    curve = path(
+        [x["look"] for x in log if "mean" in x.get("look", {})],
+        known=mean("original", VALUE, ids["forget"]),
+        level=mean("never", VALUE, ids["forget"]) if scores["never"] else mean("original", VALUE, ids["holdout"]),
+        kept=mean("original", VALUE, ids["retain"][: len(ids["forget"])]),
+        world=mean("original", "world accuracy", ids["world"][:WATCHED]),
+        prose=mean("original", "prose NLL", ids["prose"][:PROSE]),
+    )
     conditions = {c["attack"]: c["overall"] for c in report["conditions"]}
     return empty | {
         "verdicts": {attack: c["verdict"] for attack, c in conditions.items()},
@@ -352,18 +333,39 @@ def row(job: Job, cost: Mapping[str, Any]) -> dict:
             attack: max((e["r"] for e in c["evidence"] if e["r"] is not None), default=None)
             for attack, c in conditions.items()
         },
-        "kept": share(value, "retain"),
-        "said": mean("forgotten", "said", "retain"),
-        "leaked": mean("forgotten", "said", "forget"),
-        "world": mean("forgotten", "world accuracy", "world"),
-        "world before": first["world"],
-        "prose": prose_now - prose_then if prose_now is not None and prose_then is not None else None,
+        "kept": kept / before if kept is not None and before else None,
+        "said": mean("forgotten", "said", ids["retain"]),
+        "leaked": mean("forgotten", "said", ids["forget"]),
+        "world": mean("forgotten", "world accuracy", ids["world"]),
+        "world before": mean("original", "world accuracy", ids["world"]),
+        "prose": prose - former if prose is not None and former is not None else None,
         "at": {f"{r:g}": at(curve, r) for r in (0.5, 0.25, 0.1)},
         "seconds": cost.get("seconds"),
         "peak bytes": cost.get("peak bytes"),
         "settings": report["method"]["settings"],
         "curve": curve,
     }
+
+
+def path(
+    looks: Sequence[Mapping[str, float]],
+    known: float | None,
+    level: float | None,
+    kept: float | None,
+    world: float | None,
+    prose: float | None,
+) -> list[dict]:
+    """The looks of a run as points: r = share of the forget set's knowledge left, kept = of the watched retained rows'.
+
+    known, kept, world, prose: what the original has of the same rows, the first point.  level: the never-taught one.
+    """
+    points: list[dict] = [{"step": 0, "r": 1.0, "kept": 1.0, "world": world, "prose": prose}]
+    for x in looks:
+        if x["step"] > 0 and known is not None and level is not None:
+            r = (x["mean"] - level) / max(known - level, 1e-9)
+            share = x["kept"] / kept if "kept" in x and kept else None
+            points.append({"step": x["step"], "r": r, "kept": share, "world": x.get("world"), "prose": x.get("prose")})
+    return points
 
 
 def at(curve: list[dict], r: float) -> dict[str, float | None] | None:

@@ -42,9 +42,12 @@ def sequential(
     probability of the sensitive tokens of every one of them: what was forgotten first must stay forgotten.
     """
     steps = 0
+    if bench.folder and team.rank() == 0:
+        bench.folder.mkdir(parents=True, exist_ok=True)
+    team.wait()
     for at, part in enumerate(portions(corpus["forget"], chunks)):
         place = bench.folder / f"portion-{at}" if bench.folder else None
-        log = bench.log.with_suffix(f".{at}.jsonl") if bench.log else None
+        log = (bench.folder or bench.log.parent) / f"portion-{at}.jsonl" if bench.log else None
         done = place / "model.safetensors" if place else None
         if done and done.exists():
             result = lm.copy()
@@ -60,6 +63,8 @@ def sequential(
             team.wait()
         lm = result
         steps = _join(bench, log, at, steps, _look(lm, corpus, chunks, bench))
+        if log and not bench.folder and team.rank() == 0:  # with a folder they go with it, once the model is safe
+            log.unlink(missing_ok=True)
     return lm
 
 

@@ -243,7 +243,7 @@ def _method(meta: dict, log: list[dict]) -> dict:
         stop = f"CAP REACHED: {steps} steps did not bring it down to the never-taught level"
     else:
         stop = f"{steps} steps as planned, without a stopping level"
-    settings = method["settings"] | {k: method[k] for k in ("sites", "lora") if method.get(k)}
+    settings = method["settings"] | {k: method[k] for k in ("sites", "lora", "located", "chunks") if method.get(k)}
     return {
         "name": method["name"], "summary": method["summary"], "paper": method["paper"], "settings": settings,
         "steps": steps, "stop": stop,
