@@ -38,7 +38,7 @@ from unremember.locate.ranking import sites as opened
 from unremember.sites import EVERYWHERE, Sites
 from unremember.stop import Stopper
 from unremember.stop import check as check_level
-from unremember.train import STRICT, Part
+from unremember.train import STRICT, Part, rewind
 
 Aggregate = Literal["votes", "sum"]
 
@@ -108,7 +108,8 @@ class DEPN:
         _, unit = neurons(lm.model)
         stop = Stopper.calibrated(lm, corpus, self.stop, self.every, False, bench)
         result, removed = zero(lm, Sites({}))
-        _begin(bench)
+        if bench.log and team.rank() == 0:
+            rewind(bench.log, "forget", 0)  # what an interrupted run wrote is all done again
         if not self.neurons or (stop and stop(lm, 0)):
             result.model.eval()
             return result, removed
@@ -165,14 +166,6 @@ def _inside(sites: Sites, name: str, weight: Tensor, unit: str) -> Tensor:
     if sites.everywhere or (name in sites.masks and mask is None):
         return torch.ones(size, dtype=torch.bool)
     return torch.zeros(size, dtype=torch.bool) if mask is None else mask.cpu().all(0 if unit == "column" else 1)
-
-
-def _begin(bench: Bench) -> None:
-    """Drop from the log what an interrupted run wrote: it is all done again."""
-    if bench.log and bench.log.exists() and team.rank() == 0:
-        lines = [line for line in bench.log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["stage"] != "forget"]
-        bench.log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 def _note(bench: Bench, count: int, look: Mapping) -> None:
