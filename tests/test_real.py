@@ -59,9 +59,9 @@ def test_one_person_is_taught_forgotten_and_attacked(all_cores, tmp_path):
                 "method": "npo",
                 "retain": 20.0,
                 "part": "span",
-                # Twice the demo's rate: at 5e-5 a value known with p = 0.999 was seen to stay where it was for all 32 steps (1 - p is
-                # nearly all of its gradient); at 1e-4 the level is reached at step 16, worst value 0.0008 (bf16).
-                "plan": asdict(Plan(steps=32, lr=1e-4, beside=12, stop="preference", every=4)),
+                # bf16: at 5e-5 a value known with p = 0.999 stayed where it was (1 - p is nearly all of its gradient); at 1e-4 prose
+                # rose by 0.25 nats, 0.2 being allowed.
+                "plan": asdict(Plan(steps=32, lr=7e-5, beside=12, stop="preference", every=4)),
             },
             "audit": {"audits": []},  # what the verdict needs, and no more
             "attack": {"rephrase": {"wordings": 1}},
