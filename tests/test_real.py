@@ -59,8 +59,7 @@ def test_one_person_is_taught_forgotten_and_attacked(all_cores, tmp_path):
                 "method": "npo",
                 "retain": 20.0,
                 "part": "span",
-                # bf16: at 5e-5 a value known with p = 0.999 stayed where it was (1 - p is nearly all of its gradient); at 1e-4 prose
-                # rose by 0.25 nats, 0.2 being allowed.
+                # At 5e-5 a saturated value stayed; at 1e-4 prose rose by 0.25 nats, 0.2 being allowed (bf16).
                 "plan": asdict(Plan(steps=32, lr=7e-5, beside=12, stop="preference", every=4)),
             },
             "audit": {"audits": []},  # what the verdict needs, and no more
