@@ -1,9 +1,10 @@
-"""`python -m benchmarks.tune FILE [--methods npo,wga] [--trials 6]`: a modest search for each method's settings, with optuna.
+"""`python -m benchmarks.tune FILE [--methods npo,wga] [--trials 4]`: a modest search for each method's settings.
 
 FILE is a comparison with one seed, the *validation dossier*: people whom no reported number ever sees.  Each trial forgets down
 to the never-taught level and is worth what is left of what should have stayed: the smaller of retained facts and world knowledge,
 less the rise of the prose loss; a trial that does not reach the level is worth minus what it left of the forget set.
-The study is a file, so that a search that was cut short goes on; tuned.json says what every trial tried and found.
+The first trials are a small grid, further ones optuna's.  The study is a file, so that a search that was cut short goes on;
+tuned.json says what every trial tried and found.
 """
 
 from __future__ import annotations
@@ -15,34 +16,39 @@ from pathlib import Path
 
 from unremember.bench import Bench
 from unremember.compare import checked, compare
-from unremember.folder import write_json
+from unremember.folder import claim, read_json, write_json
 from unremember.forget import METHODS, PRESETS
 from unremember.report.pareto import score
 
-WIDE = 4.0  # the search reaches from a quarter to four times of where a preset stands
-RANGES = {  # beside the learning rate: the numbers that the papers tune
-    "retain": (1.0, 40.0),
-    "kl": (0.5, 10.0),
-    "beta": (0.02, 2.0),
-    "alpha": (0.3, 10.0),
-    "strength": (4.0, 30.0),
-    "radius": (0.02, 0.3),
-    "scale": (2.0, 20.0),
+RATES = (1.0, 3.0)  # of the preset's learning rate
+PURE = ("ascent", "seul", "advga", "flearning")  # hold nothing by definition, or by strength alone: the rate is all
+SECOND = {  # the one number beside it that decides how well the rest is held, where a method has it
+    "retain": (4.0, 20.0),
+    "kl": (1.0, 5.0),
+    "alpha": (1.0, 5.0),
+    "strength": (10.0, 30.0),
 }
-FEW = ("retain", "beta")  # as many of them as so few trials can tell apart, and what a method has of the others
+
+
+def grid(name: str) -> list[dict[str, float]]:
+    """What is tried first, in this order: two rates times two values of the first of SECOND that the method has."""
+    has = METHODS[name].__dataclass_fields__
+    key = next((k for k in SECOND if k in has and name not in PURE), None)
+    rates = [PRESETS[name]["plan"]["lr"] * r for r in RATES] if "plan" in has else [None]
+    return [
+        ({} if lr is None else {"lr": lr}) | ({} if key is None else {key: value})
+        for value in (SECOND[key] if key else (None,))
+        for lr in rates
+    ]
 
 
 def settings(trial, name: str) -> dict:
-    """What one trial tries for a method."""
-    has = METHODS[name].__dataclass_fields__
-    preset = PRESETS[name]
+    """What one trial tries for a method: a point of the grid, and after those whatever the sampler thinks of."""
     tried: dict = {}
-    if "plan" in has and "lr" in preset["plan"]:
-        lr = preset["plan"]["lr"]
-        tried["plan"] = {"lr": trial.suggest_float("lr", lr / WIDE, min(lr * WIDE, 0.9), log=True)}
-    keys = [k for k in FEW if k in has] or [k for k in RANGES if k in has][:1]
-    for key in keys:
-        tried[key] = trial.suggest_float(key, *RANGES[key], log=True)
+    for key in grid(name)[0]:
+        values = [point[key] for point in grid(name)]
+        value = trial.suggest_float(key, min(values) / 2, min(max(values) * 2, 0.9 if key == "lr" else 100.0), log=True)
+        tried |= {"plan": {"lr": value}} if key == "lr" else {key: value}
     return tried
 
 
@@ -61,7 +67,7 @@ def search(raw: dict, name: str, trials: int) -> dict:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     out = Path(raw["compare"]["out"])
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out)
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(out / f"{name}.log")))
     study = optuna.create_study(
         study_name=name,
@@ -83,6 +89,8 @@ def search(raw: dict, name: str, trials: int) -> dict:
         )
         return worth(row)
 
+    for point in grid(name):
+        study.enqueue_trial(point, skip_if_exists=True)
     left = trials - len([t for t in study.trials if t.state.is_finished()])
     study.optimize(objective, n_trials=max(left, 0))
     tried = [
@@ -97,17 +105,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.tune", description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--methods", default="", help="comma-separated; all of the file's by default")
-    parser.add_argument("--trials", type=int, default=6)
+    parser.add_argument("--trials", type=int, default=4)
     args = parser.parse_args()
     raw = tomllib.loads(args.file.read_text(encoding="utf-8"))
     whole = checked(raw)
     if len(whole.settings.seeds) != 1:
         parser.error("a search has one seed, its validation dossier; give [compare] one in seeds")
-    found = {}
+    tuned = Path(raw["compare"]["out"]) / "tuned.json"
     for name in args.methods.split(",") if args.methods else whole.settings.methods:
-        found[name] = search(raw, name, args.trials)
-        print(json.dumps({name: {k: found[name][k] for k in ("best", "worth")}}))
-        write_json(Path(raw["compare"]["out"]) / "tuned.json", found)
+        found = search(raw, name, args.trials)
+        print(json.dumps({name: {k: found[k] for k in ("best", "worth")}}))
+        write_json(tuned, (read_json(tuned) or {}) | {name: found})  # another process may search the other methods
 
 
 if __name__ == "__main__":

@@ -88,6 +88,17 @@ def test_a_method_that_fails_is_a_row_that_says_so(done, monkeypatch, tmp_path):
     room.write({"name": "x", "rows": [row], "roles": {}}, again.out)
 
 
+def test_looks_without_general_ability_cost_less_and_say_so(tmp_path, done):
+    """Other drawings, the same forgetting: what is only watched decides nothing."""
+    whole, result, _ = done
+    out = {"out": str(tmp_path / "out"), "methods": ["npo"], "watch": False}
+    [row] = room.compare(room.checked(raw(compare=RAW["compare"] | out)), Bench(), inside=True)["rows"]
+    watched = result["rows"][0]
+    assert [p["world"] for p in row["curve"][1:]] == [None] * (len(row["curve"]) - 1)
+    assert [p["r"] for p in row["curve"]] == pytest.approx([p["r"] for p in watched["curve"]])
+    assert row["kept"] == pytest.approx(watched["kept"]) and row["world"] == watched["world"]
+
+
 def test_points_by_hand():
     looks = [
         {"step": 0, "mean": 0.9, "kept": 0.9},

@@ -53,7 +53,11 @@ VALUE = "value probability"  # what the stopper looks at, and so what matched fo
 
 @dataclass(frozen=True)
 class Settings:
-    """The [compare] table.  worlds: how many world questions the untouched model is asked; those it knows are kept."""
+    """The [compare] table.
+
+    worlds: how many world questions the untouched model is asked; those it knows are kept.  watch: measure general ability
+    at every look, too, for the drawings; a search for settings has no use for it.
+    """
 
     __pydantic_config__ = STRICT
     out: str
@@ -61,6 +65,7 @@ class Settings:
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
     worlds: Annotated[int, Field(ge=1)] = 72
+    watch: bool = True
 
 
 @dataclass(frozen=True)
@@ -173,11 +178,14 @@ class Job:
     method: str
     seed: int
     request: Request
+    watch: bool = True
 
     @property
     def mark(self) -> str:
         r = self.request
-        return fingerprint(Run(r).made_from, repr(r.attacks), r.audits, r.corpus.fingerprint(), repr(r.rule))
+        return fingerprint(
+            Run(r).made_from, repr(r.attacks), r.audits, r.corpus.fingerprint(), repr(r.rule), self.watch
+        )
 
 
 def compare(
@@ -244,7 +252,10 @@ def prepared(whole: Comparison, seed: int, bench: Bench, title: Callable[[str], 
             folders[name] = str(taught(base, name, rows, share, whole.teach, seed))
         model, control = folders["original"], folders["never-taught"]
     del base
-    jobs = [Job(m, seed, whole.request(m, seed, corpus, model, control, precision)) for m in whole.settings.methods]
+    jobs = [
+        Job(m, seed, whole.request(m, seed, corpus, model, control, precision), whole.settings.watch)
+        for m in whole.settings.methods
+    ]
     shared = Run(replace(jobs[0].request, out=whole.out / f"seed-{seed}" / "original"), bench, title)
     shared.open()
     for who in (w for w in shared.models if w != "forgotten"):
@@ -262,7 +273,7 @@ def work(job: Job, device: str) -> None:
     began = time.monotonic()
     failed = ""
     with at_work(device) as here:
-        watch = Watcher(job.request.corpus)
+        watch = Watcher(job.request.corpus) if job.watch else None
         try:
             stages = ("locate", "forget", "attack") if job.request.attacks else ("locate", "forget")
             execute(job.request, replace(here.bench, watch=watch), here.title, stages)

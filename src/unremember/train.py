@@ -8,6 +8,7 @@ micro-batches, or over processes, changes nothing but rounding.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 import zlib
@@ -73,7 +74,7 @@ class Plan:
     batch: Annotated[int, Field(ge=0)] = 0
     beside: Annotated[int, Field(ge=0)] = 0
     warmup: Annotated[int, Field(ge=0)] = 0
-    schedule: Annotated[str, Field(pattern="^(constant|linear)$")] = "constant"
+    schedule: Annotated[str, Field(pattern="^(constant|cosine|linear)$")] = "constant"
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
     clip: Annotated[float, Field(ge=0)] = 0.0
@@ -85,7 +86,8 @@ class Plan:
     def rate(self, step: int) -> float:
         """Learning rate of 0-based `step`."""
         rise = min(1.0, (step + 1) / (self.warmup + 1))
-        fall = 1 - step / self.steps if self.schedule == "linear" else 1.0
+        done = step / self.steps
+        fall = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[self.schedule]
         return self.lr * rise * fall
 
 
