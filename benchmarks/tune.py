@@ -3,8 +3,8 @@
 FILE is a comparison with one seed, the *validation dossier*: people whom no reported number ever sees.  Each trial forgets down
 to the never-taught level and is worth what is left of what should have stayed: the smaller of retained facts and world knowledge,
 less the rise of the prose loss; a trial that does not reach the level is worth minus what it left of the forget set.
-The first trials are a small grid, further ones optuna's.  The study is a file, so that a search that was cut short goes on;
-tuned.json says what every trial tried and found.
+The first trial has three times the preset's rate, the second a lower or a higher one, further ones are optuna's.  The study
+is a file, so that a search that was cut short goes on; tuned.json says what every trial tried and found.
 """
 
 from __future__ import annotations
@@ -20,34 +20,37 @@ from unremember.folder import claim, read_json, write_json
 from unremember.forget import METHODS, PRESETS
 from unremember.report.pareto import score
 
-RATES = (1.0, 3.0)  # of the preset's learning rate
+BEGIN, STEP = 3.0, 3.0  # the first rate, in preset's learning rates, and how far the second is from it
 PURE = ("ascent", "seul", "advga", "flearning")  # hold nothing by definition, or by strength alone: the rate is all
-SECOND = {  # the one number beside it that decides how well the rest is held, where a method has it
-    "retain": (4.0, 20.0),
-    "kl": (1.0, 5.0),
-    "alpha": (1.0, 5.0),
-    "strength": (10.0, 30.0),
-}
+SECOND = {
+    "retain": 4.0,
+    "kl": 1.0,
+    "alpha": 1.0,
+    "strength": 10.0,
+}  # the first of these that a method has is searched, too
+REACH = 4.0  # trials after the second lie within this factor, both ways
 
 
-def grid(name: str) -> list[dict[str, float]]:
-    """What is tried first, in this order: two rates times two values of the first of SECOND that the method has."""
+def first(name: str) -> dict[str, float]:
+    """The settings of the first trial."""
     has = METHODS[name].__dataclass_fields__
     key = next((k for k in SECOND if k in has and name not in PURE), None)
-    rates = [PRESETS[name]["plan"]["lr"] * r for r in RATES] if "plan" in has else [None]
-    return [
-        ({} if lr is None else {"lr": lr}) | ({} if key is None else {key: value})
-        for value in (SECOND[key] if key else (None,))
-        for lr in rates
-    ]
+    found = {"lr": BEGIN * PRESETS[name]["plan"]["lr"]} if "plan" in has else {}
+    return found | ({key: SECOND[key]} if key else {})
+
+
+def second(name: str, reached: bool) -> dict[str, float]:
+    """The second: a rate that did not reach the level is followed by a higher one, a rate that did by a lower."""
+    point = first(name)
+    return point | {k: v * STEP if not reached else v / STEP for k, v in point.items() if k == "lr"}
 
 
 def settings(trial, name: str) -> dict:
-    """What one trial tries for a method: a point of the grid, and after those whatever the sampler thinks of."""
+    """What one trial tries for a method: what was asked for, or what the sampler thinks of."""
     tried: dict = {}
-    for key in grid(name)[0]:
-        values = [point[key] for point in grid(name)]
-        value = trial.suggest_float(key, min(values) / 2, min(max(values) * 2, 0.9 if key == "lr" else 100.0), log=True)
+    for key, middle in first(name).items():
+        high = min(middle * REACH, 0.9) if key == "lr" else middle * REACH
+        value = trial.suggest_float(key, middle / REACH, high, log=True)
         tried |= {"plan": {"lr": value}} if key == "lr" else {key: value}
     return tried
 
@@ -89,10 +92,12 @@ def search(raw: dict, name: str, trials: int) -> dict:
         )
         return worth(row)
 
-    for point in grid(name):
-        study.enqueue_trial(point, skip_if_exists=True)
-    left = trials - len([t for t in study.trials if t.state.is_finished()])
-    study.optimize(objective, n_trials=max(left, 0))
+    while len(done := [t for t in study.trials if t.state.is_finished()]) < trials:
+        if not done:
+            study.enqueue_trial(first(name), skip_if_exists=True)
+        elif len(done) == 1:
+            study.enqueue_trial(second(name, bool(done[0].user_attrs["row"]["reached"])), skip_if_exists=True)
+        study.optimize(objective, n_trials=1)
     tried = [
         {"settings": t.params, "worth": t.value, **t.user_attrs.get("row", {})}
         for t in study.trials

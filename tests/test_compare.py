@@ -90,7 +90,7 @@ def test_a_method_that_fails_is_a_row_that_says_so(done, monkeypatch, tmp_path):
 
 def test_looks_without_general_ability_cost_less_and_say_so(tmp_path, done):
     """Other drawings, the same forgetting: what is only watched decides nothing."""
-    whole, result, _ = done
+    _, result, _ = done
     out = {"out": str(tmp_path / "out"), "methods": ["npo"], "watch": False}
     [row] = room.compare(room.checked(raw(compare=RAW["compare"] | out)), Bench(), inside=True)["rows"]
     watched = result["rows"][0]
