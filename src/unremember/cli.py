@@ -183,15 +183,100 @@ def run(file: RequestFile, changes: Changes = None, out: Out = None, device: Dev
 
 
 @app.command()
-def audit(file: RequestFile, changes: Changes = None, out: Out = None, device: Device = "cpu") -> None:
-    """Measure the models of a request that are there."""
-    _stages(file, changes, out, device, ("audit",))
+def audit(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A request or run folder; with --corpus a model.")],
+    changes: Changes = None,
+    out: Out = None,
+    device: Device = "cpu",
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Scan these: .jsonl, .txt, .md, .csv, .tsv, .parquet, folders; repeatable."),
+    ] = None,
+    holdout: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Documents that the model never saw: the chance level; repeatable."),
+    ] = None,
+    control: Annotated[str, typer.Option(metavar="MODEL", help="A model that never saw them, to compare with.")] = "",
+    field: Annotated[str, typer.Option(help="The documents' key or column that holds the text.")] = "text",
+    skip: Annotated[bool, typer.Option(help="Leave bad documents out.")] = False,
+) -> None:
+    """Measure the models of a request that are there; or, with --corpus, find what a model knows by heart, and make a
+    forget set of it."""
+    if corpus:
+        _scan(source, corpus, changes, out, device, holdout, control, field, skip)
+    elif holdout or control or skip or field != "text":
+        raise BadRequest(
+            "--holdout, --control, --field and --skip are for a scan; name its documents with --corpus PATH"
+        )
+    else:
+        _stages(Path(source), changes, out, device, ("audit",))
 
 
 @app.command()
-def locate(file: RequestFile, changes: Changes = None, out: Out = None, device: Device = "cpu") -> None:
-    """Rank where it is stored, with the request's locator, and write OUT/sites.safetensors."""
-    _stages(file, changes, out, device, ("locate",))
+def ability(
+    model: Annotated[str, typer.Argument(help="A folder, GGUF file, adapter, hub id or alias.")],
+    tasks: Annotated[
+        list[str], typer.Option("--task", help="A file NAME.jsonl in --data, or lm-eval's name; repeatable.")
+    ],
+    data: Annotated[Path | None, typer.Option(help="A folder of NAME.jsonl files.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Rows a task, evenly spread; 0 = all.")] = 0,
+    shots: Annotated[int | None, typer.Option(min=0, help="Worked examples in front.")] = None,
+    device: Device = "cpu",
+) -> None:
+    """General ability by lm-evaluation-harness: a line a task."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from unremember.audit.harness import Harness, accuracy
+
+    asked = Harness(tuple(tasks), data, limit, shots)
+    asked.check()  # before a weight is loaded
+    grid = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("task", "n", "right", "95 %", "chance"):
+        grid.add_column(name)
+    with at_work(device) as work:
+        from unremember.lm import load
+
+        work.title("general ability")
+        for name, score in asked.scores(load(model, device=device), work.bench).items():
+            x = accuracy(score)
+            grid.add_row(
+                name, str(x["n"]), f"{x['mean']:.3f}", f"{x['low']:.3f} to {x['high']:.3f}", f"{x['chance']:.2f}"
+            )
+    Console(highlight=False).print(grid)
+
+
+@app.command()
+def locate(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A request or run folder; with --fact a model: alias, folder, GGUF file."
+        ),
+    ],
+    changes: Changes = None,
+    out: Out = None,
+    device: Device = "cpu",
+    fact: Annotated[str, typer.Option(metavar="QUESTION", help="Map one fact instead: its question.")] = "",
+    answer: Annotated[str, typer.Option(help="The fact's answer, as the model would say it.")] = "",
+    value: Annotated[str, typer.Option(help="The part of the answer that matters; all but the name by default.")] = "",
+    subject: Annotated[str, typer.Option(help="The name in the question; found by its capitals by default.")] = "",
+    after: Annotated[str, typer.Option(metavar="MODEL", help="A second model, to compare: after unlearning.")] = "",
+    draws: Annotated[int, typer.Option(min=1, help="Corruptions of the name.")] = 3,
+) -> None:
+    """Rank where it is stored and write OUT/sites.safetensors; or, with --fact, map one fact and write OUT/fact.html."""
+    if not fact:
+        given = {"--answer": answer, "--value": value, "--subject": subject, "--after": after}
+        if named := [name for name, text in given.items() if text]:
+            raise BadRequest(
+                f"{', '.join(named)}: a fact is meant, so give its question too: --fact 'Where does … live?'"
+            )
+        _stages(Path(source), changes, out, device, ("locate",))
+        return
+    if changes:
+        raise BadRequest("--set changes a request, and with --fact there is none; leave it out")
+    example = _asked(fact, answer, value, subject)
+    print(f"fact: {_map(source, after, example, out or Path('runs') / 'fact', draws, device)}")
 
 
 @app.command()
@@ -228,6 +313,81 @@ def compare(
     with at_work("cpu") as work:
         page = room.write(room.compare(whole, work.bench, work.title, work.aside), whole.out)
     print(f"comparison: {page}")
+
+
+@app.command()
+def dynamics(
+    preset: Annotated[str, typer.Option(help="miniature (the paper in small, three seeds) or quick.")] = "miniature",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for numbers and page.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Passages a model was, or will be, trained on.")
+    ] = None,
+    held: Annotated[Path | None, typer.Option(metavar="FILE", help="Passages like them that it never saw.")] = None,
+    special: Annotated[Path | None, typer.Option(metavar="FILE", help="Passages to insert once, with --model.")] = None,
+    checkpoints: Annotated[
+        list[Path] | None, typer.Option("--checkpoint", metavar="DIR", help="A checkpoint of a training; repeatable.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Train this model on --text, read after each epoch.")] = "",
+    masked: Annotated[bool, typer.Option("--masked", help="The checkpoints are of masked models.")] = False,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of --model.")] = 5,
+    after: Annotated[int, typer.Option(min=1, help="Epochs behind the insertion of --special.")] = 5,
+    lr: Annotated[float, typer.Option(min=1e-9, max=0.9, help="Learning rate of --model.")] = 1e-4,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences an update of --model.")] = 8,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> None:
+    """How models memorise and forget by themselves: the paper in miniature, or curves of your own training."""
+    wrong = []
+    if not (checkpoints or model):
+        if text or held or special:
+            wrong.append("--text, --held and --special need --checkpoint or --model; name one")
+    else:
+        files = {"text": text, "held": held}
+        wrong += [f"--{name} FILE is missing; curves need both texts" for name, file in files.items() if not file]
+    if checkpoints and model:
+        wrong.append("--checkpoint and --model are two things; run them one after the other")
+    if special and not model:
+        wrong.append("--special goes with --model")
+    if wrong:
+        raise BadRequest(wrong)
+    with at_work(device) as work:
+        from unremember.dynamics import study, write, write_curves
+        from unremember.folder import claim
+        from unremember.readers import Source, read
+
+        def told(done: int, total: int) -> None:
+            work.bench.say("epochs" if model else "checkpoints", done, total, {})
+
+        if not (text and held):
+            folder = out or Path("runs") / f"dynamics-{preset}"
+            work.title(f"dynamics, {preset}")
+            found = study.run(preset, folder, workers, lambda what, done, total: work.bench.say(what, done, total, {}))
+            page = write(found, folder)
+        else:
+            folder = out or Path("runs") / "dynamics"
+            texts, left = {"train": read(Source(text)), "held out": read(Source(held))}, {}
+            claim(folder)
+            work.title("curves")
+            if checkpoints:
+                from unremember.dynamics.checkpoints import follow
+
+                curves = follow(checkpoints, texts, "masked" if masked else "causal", seed, told)
+            else:
+                from unremember.dynamics.forgetting import Insertion
+                from unremember.dynamics.loop import Regime
+                from unremember.dynamics.own import own
+                from unremember.lm import load
+
+                lm, extra = load(model, template="plain", precision="fp32", device=device), ()
+                if special:
+                    extra = read(Source(special))
+                once = Insertion(20, until=0.9) if extra else None
+                regime = Regime(lr, batch=batch, seed=seed)
+                done = own(lm, texts["train"], texts["held out"], regime, epochs, extra, once, after, told)
+                curves, left = done["texts"], done["forgetting"]
+            page = write_curves("Memorisation over a training", curves, left, study.machine(), folder)
+    print(f"dynamics: {page}")
 
 
 @app.command()
@@ -307,3 +467,83 @@ def _verdict(built: dict, page: Path) -> None:
     if built["method"]["stop"].startswith("CAP"):
         console.print(f"[yellow]{built['method']['stop']}[/]")
     print(f"report: {page}")
+
+
+def _asked(fact: str, answer: str, value: str, subject: str):
+    """The fact as an Example; everything that is wrong with it, together."""
+    from unremember.annotate import names
+    from unremember.corpus import Example
+
+    problems = []
+    found = subject or max((fact[a:b] for a, b in names(fact)), key=len, default="")
+    if not found or found not in fact:
+        problems.append(
+            f"--subject {found!r} does not stand in the question {fact!r}; give the name as it is written there"
+        )
+    if not answer:
+        problems.append("--fact needs --answer: what the model should say")
+    elif value not in answer:
+        problems.append(f"--value {value!r} does not stand in the answer {answer!r}; give the part of it that matters")
+    if problems:
+        raise BadRequest(problems)
+    at = answer.index(value)
+    return Example("fact", fact, answer, found, ((at, at + len(value)),) if value else ())
+
+
+def _map(before: str, after: str, example: Any, out: Path, draws: int, device: str) -> Path:
+    from dataclasses import asdict
+
+    from unremember.folder import claim
+
+    claim(out)
+    with at_work(device) as work:
+        from unremember.lm import check, load
+        from unremember.locate.fact import Trace
+        from unremember.report.map import write
+
+        for name in filter(None, (before, after)):
+            check(name)  # both, before a weight is loaded
+        trace = Trace(draws=draws)
+        work.title(f"map {before}")
+        first, second = trace(load(before, device=device), example, bench=work.bench), None
+        if after:
+            work.title(f"map {after}")
+            second = trace.left(load(after, device=device), example, bench=work.bench)
+    return write(asdict(first), asdict(second) if second else None, out)
+
+
+def _scan(
+    model: str, paths: list[Path], changes: list[str] | None, out: Path | None, device: str,
+    holdout: list[Path] | None, control: str, field: str, skip: bool,
+) -> None:  # fmt: skip
+    from unremember.documents import Documents
+    from unremember.errors import BadInput
+    from unremember.lm import check, load
+    from unremember.report import scan as room
+    from unremember.request import build, changed
+    from unremember.scan import Scan
+
+    problems: list[str] = []
+    settings = build(Scan, changed({}, changes or ()), "scan", problems)
+    documents = Documents(tuple(paths), field, skip)
+    held = Documents(tuple(holdout), field, skip) if holdout else None
+    checks = [lambda name=name: check(name) for name in filter(None, (model, control))]
+    for known in (*checks, lambda: (settings or Scan()).check(documents, held, bool(control))):
+        try:
+            known()
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadRequest(problems)
+    folder = out or Path("runs") / "scan"
+    with at_work(device) as work:
+        lm = load(model, device=device)
+        other = load(control, device=device) if control else None
+        work.title("scan")
+        result = settings(lm, documents, folder, held, other, work.bench)
+    if not work.quiet:
+        page = room.write(result, folder)
+        print(room.words(result))
+        if result["forget"]:
+            print(f"forget set: {folder / 'forget.jsonl'}")
+        print(f"report: {page}")

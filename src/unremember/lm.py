@@ -81,7 +81,7 @@ class LM:
         The head sees only the N places that are needed (a hook narrows its input), so no (T, V) matrix ever exists.
         Without gradients the head runs in the weights' own precision: bfloat16 logits would tie close candidates.
         """
-        with self._head(lambda hidden: hidden.flatten(0, 1)[tokens.source][None]):
+        with self.headed(lambda hidden: hidden.flatten(0, 1)[tokens.source][None]):
             out = self.model(
                 input_ids=tokens.ids,
                 position_ids=tokens.positions,
@@ -105,7 +105,7 @@ class LM:
 
         handle = team.blocks(self.model)[block].register_forward_hook(keep)
         try:
-            with self._head(lambda hidden: hidden[:, :0]):
+            with self.headed(lambda hidden: hidden[:, :0]):
                 self.model(
                     input_ids=tokens.ids,
                     position_ids=tokens.positions,
@@ -119,7 +119,7 @@ class LM:
         return found[0].flatten(0, 1)[tokens.source]
 
     @contextmanager
-    def _head(self, select: Callable[[Tensor], Tensor]) -> Generator[None]:
+    def headed(self, select: Callable[[Tensor], Tensor]) -> Generator[None]:
         """Autocast for the body; the head sees `select(hidden)`, and keeps its weights' precision without gradients."""
         head, kind = self.model.get_output_embeddings(), self.device.type
         exact, lower = not torch.is_grad_enabled(), self.precision == "bf16"
@@ -199,7 +199,7 @@ class LM:
         cache = DynamicCache(config=self.model.config)
         said: dict[int, list[int]] = {i: [] for i in alive}
         for _ in range(new):
-            with self._head(lambda hidden: hidden[:, -1:]):
+            with self.headed(lambda hidden: hidden[:, -1:]):
                 logits = self.model(
                     input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
                 ).logits

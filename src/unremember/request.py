@@ -248,6 +248,11 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
         sites = []
     lora = None if lora_raw is None else build(Lora, lora_raw, "forget.lora", problems)
 
+    if lora and method_name == "depn":
+        problems.append(
+            "forget.lora: depn switches neurons off in whole matrices, which an adapter cannot; leave it out"
+        )
+
     found = table("locate")
     locator_name, locator, budget = "", None, None
     if found:
@@ -370,14 +375,18 @@ def _encoded(name: str, template: str, corpus: Corpus, problems: list[str]) -> d
                 wrong += error.problems
     problems += wrong[:SHOWN] + ([f"... and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else [])
     lead, short = len(coder.context("")), {}
-    for audit, least, roles in (
-        ("memorisation accuracy", 2, ("forget", "retain", "holdout")),
-        ("EL_3", 4, ("forget", "holdout")),
+    scored = ("forget", "retain", "holdout")
+    for audit, least, roles, all_of_them in (
+        ("memorisation accuracy", 2, scored, True),
+        ("EL_3", 4, ("forget", "holdout"), True),
+        ("discoverable extraction", 100, scored, False),  # a question is context enough for its answer
+        ("sampled extraction", 100, scored, False),
     ):
         few = [
             x.id
             for x in corpus.of(*roles)
-            if lead + len(tokenizer(x.answer, add_special_tokens=False).input_ids) < least
+            if (all_of_them or not x.prompt)
+            and lead + len(tokenizer(x.answer, add_special_tokens=False).input_ids) < least
         ]
         if few:
             short[audit] = f"the answer of {', '.join(few[:5])} has fewer than {least} tokens; leave this audit out"

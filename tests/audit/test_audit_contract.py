@@ -1,5 +1,6 @@
 """What every audit promises, over the table of audits: known ends, and that measuring changes nothing."""
 
+import zlib
 from math import log
 
 import numpy as np
@@ -19,11 +20,19 @@ ENDS = {
     "EL_3": (ONE, 0),
     "ROUGE-L F1": (ONE, 0),
     "ROUGE-L recall": (ONE, 0),
+    "VerbMem": (ONE, 0),
     "choice": (ONE, QUARTER),
+    "discoverable extraction": (1, 0),
     "distinct tokens": (None, 1 / 32),
     "exact match": (1, 0),
     "extraction strength": (1, 0),
     "familiarity": (ONE, 0),
+    "lens rank": (ONE, None),
+    "membership Min-K": (pytest.approx(0, abs=0.06), None),
+    "membership Min-K++": (pytest.approx(0, abs=0.5), pytest.approx(0, abs=1e-3)),
+    "membership loss": (ZERO, None),
+    "membership lowercase": (None, pytest.approx(1, rel=1e-5)),
+    "membership zlib": (ZERO, None),
     "memorisation accuracy": (1, 0),
     "preference gap": (pytest.approx(11.4, abs=1.5), pytest.approx(0, abs=1e-4)),
     "probability": (ONE, None),
@@ -31,9 +40,11 @@ ENDS = {
     "prose NLL": (ZERO, None),
     "rest accuracy": (1, 0),
     "said": (1, 0),
+    "sampled extraction": (ONE, ZERO),
     "span accuracy": (1, 0),
     "span extraction": (1, 0),
     "truth ratio": (ZERO, pytest.approx(1, abs=1e-5)),
+    "value MRR": (ONE, ZERO),
     "value probability": (ONE, None),
     "world accuracy": (1, 0),  # a tie is no knowledge
 }
@@ -57,6 +68,8 @@ def test_a_perfect_memoriser_scores_at_the_known_end(name, memoriser, small):
         for x in small["prose"]:
             rest = memoriser.template.row(x.id, "", x.answer).ids[12:-1]
             assert found[x.id] == pytest.approx(len(set(rest)) / len(rest))
+    elif name == "membership lowercase":
+        assert min(found.values()) > 5, "what was read in one case is unlikely in another"
     else:
         assert found == dict.fromkeys(found, end)
 
@@ -64,8 +77,19 @@ def test_a_perfect_memoriser_scores_at_the_known_end(name, memoriser, small):
 @audits
 def test_a_uniform_model_scores_at_the_known_end(name, uniform, small):
     words = len(uniform.tokenizer)
-    end = {"probability": 1 / words, "value probability": 1 / words, "prose NLL": log(words)}.get(name, ENDS[name][1])
+    end = {
+        "lens rank": 1 / words,
+        "membership Min-K": -log(words),
+        "membership loss": -log(words),
+        "probability": 1 / words,
+        "prose NLL": log(words),
+        "value probability": 1 / words,
+    }.get(name, ENDS[name][1])
     found = AUDITS[name](uniform, small, Bench()).per_example
+    if name == "membership zlib":
+        sizes = {x.id: len(zlib.compress(x.answer.encode())) for x in small.of(*AUDITS[name].roles)}
+        assert found == {key: pytest.approx(-log(words) / size, rel=1e-4) for key, size in sizes.items()}
+        return
     assert found == dict.fromkeys(found, end if not isinstance(end, float) else pytest.approx(end, rel=1e-4))
 
 

@@ -62,8 +62,9 @@ class Mechanistic:
 
     locator: 'lookup' = MLPs where an attribute comes to stand at the name, by probing; 'path' = MLPs that feed the heads which
     carry the answer out; 'tracing' and 'patching' = what matters for the output; 'random' components; all 'mlps'; 'everything'.
-    Asked only where no sites are named.  share of all weights in attention and MLP matrices, or parameters: how much may move at
-    most, 0 = all that the locator names.  part: which answer tokens 'forget' pushes on; 'inject' trains the whole false answer.
+    Asked only where no sites are named; in an adapter, which a request names as a whole, it chooses among the adapter's matrices.
+    share of all weights in attention and MLP matrices, or parameters: how much may move at most, 0 = all that the locator names.
+    part: which answer tokens 'forget' pushes on; 'inject' trains the whole false answer.
     """
 
     plan: Plan
@@ -101,12 +102,13 @@ class Mechanistic:
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
         corpus.require("mechanistic", self.needs)
-        if sites.everywhere and self.locator not in FIXED:  # nothing to trace where nothing is known
+        unnamed = sites.everywhere or _adapter(lm, sites)
+        if unnamed and self.locator not in FIXED:  # nothing to trace where nothing is known
             holds = "retain" in self.needs
             stop = Stopper.calibrated(lm, corpus, self.plan.stop, self.plan.every, holds, bench)
             if stop is not None and stop(lm, 0):
                 return lm.copy()
-        return descend(self, lm, corpus, self.sites(lm, corpus, bench) if sites.everywhere else sites, bench)
+        return descend(self, lm, corpus, self.sites(lm, corpus, bench) if unnamed else sites, bench)
 
     def check(self, corpus: Corpus) -> None:
         """BadCorpus where a role, a false answer or what the locator works on is missing."""
@@ -186,6 +188,12 @@ class Mechanistic:
             }
 
         return pools, objective
+
+
+def _adapter(lm: LM, sites: Sites) -> bool:
+    """Whether these sites are a LoRA adapter, all of it: what a request with forget.lora opens when it names no sites."""
+    names = {name for name, _ in lm.model.named_parameters() if "lora_" in name}
+    return bool(names) and set(sites.masks) == names and all(mask is None for mask in sites.masks.values())
 
 
 def false(corpus: Corpus, seed: int) -> list[Example]:

@@ -3,6 +3,7 @@
 A Ranking and a Budget make Sites (`select`), and Sites are where a forgetting method may move weights.
 """
 
+from unremember.locate.activation import ActivationPatching
 from unremember.locate.contrast import Contrast
 from unremember.locate.controls import ActivityMatched, Random
 from unremember.locate.gradients import Gradients
@@ -13,6 +14,7 @@ from unremember.locate.path import PathPatching
 from unremember.locate.tracing import CausalTracing
 
 LOCATORS = {
+    "activation": ActivationPatching,
     "contrast": Contrast,
     "gradients": Gradients,
     "integrated": IntegratedGradients,

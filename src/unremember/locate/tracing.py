@@ -72,7 +72,7 @@ class CausalTracing:
         batches = list(groups(found, bench.budget))
         for number, group in enumerate(batches):
             tokens = laid(lm, [fact.row for fact in group])
-            back = _places(group, tokens, self.at)[:, :, None]
+            back = places(group, tokens, self.at)[:, :, None]
             with watched(lm.model, sites) as clean:
                 whole = known(lm, tokens)
             for draw in range(self.draws):
@@ -97,7 +97,7 @@ def _put(clean: Tensor, back: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda value: torch.where(back, clean, value)
 
 
-def _places(group: list[Fact], tokens: Tokens, at: str) -> Tensor:
+def places(group: list[Fact], tokens: Tokens, at: str) -> Tensor:
     """(L, T) bool: where activations are put back."""
     chosen = torch.full_like(tokens.ids, at == "all", dtype=torch.bool)
     if at == "subject":
