@@ -484,3 +484,13 @@ def test_every_problem_is_bad_input():
     with pytest.raises(BadInput) as raised:
         request({})
     assert raised.value.code == 2 and len(raised.value.problems) >= 2
+
+
+def test_a_suite_is_its_attacks_and_the_requests_own_settings_stay(ask, problems):
+    from unremember.attack import ATTACKS, SUITES
+
+    assert set(SUITES["quick"]) < set(SUITES["standard"]) < set(SUITES["full"]) == set(ATTACKS)
+    wanted = ask("attack.suite=quick", "attack.rephrase.wordings=1")
+    assert set(SUITES["quick"]) <= set(wanted.attacks) and wanted.attacks["rephrase"].wordings == 1
+    [problem] = problems("attack.suite=fast")
+    assert problem.startswith("attack.suite is 'fast'") and "quick" in problem

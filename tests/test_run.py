@@ -171,7 +171,7 @@ def remade(copied, monkeypatch):
     def pieces(request: Request) -> set[str]:
         found = set()
 
-        def measure(self, path, made_from, lm, corpus, names):
+        def measure(self, path, made_from, lm, corpus, names, by=None):
             found.add(str(path.relative_to(self.out)))
             write_json(path, {"fingerprint": made_from})
 
@@ -499,3 +499,26 @@ def test_a_run_that_raises_goes_on_as_well(asked, monkeypatch):
     assert len(before) == 2
     execute(wanted, Bench())
     assert before.items() <= times(wanted.out / "audit").items() and len(calls) == 2
+
+
+def test_an_attack_may_read_an_audit_itself_and_an_edited_list_is_asked_again(demo_run, tmp_path, monkeypatch):
+    """Best of n draws is no property of one model: the attack reads `said` again and again, and nothing else."""
+    from unremember.attack import Jailbreak, Sample
+
+    folder = tmp_path / "run"
+    shutil.copytree(demo_run.folder, folder)
+    wanted = replace(demo_run.request, out=folder, attacks={"sample": Sample(n=2), "jailbreak": Jailbreak(most=1)})
+    run = Run(wanted)
+    run.attack("sample", "original")
+    piece = json.loads((folder / "attack" / "sample" / "original.json").read_text())
+    scores = {s["name"]: s["per_example"] for s in piece["scores"]}
+    fewer = run.measured.with_roles(retain=wanted.corpus.of("retain")[: len(wanted.corpus["forget"])])
+    said = Sample(n=2).read(AUDITS["said"], run.lm("original"), fewer, Bench())
+    assert scores["said"] == said.per_example
+    plain = AUDITS["value probability"](run.lm("original"), fewer, Bench())
+    assert scores["value probability"] == pytest.approx(plain.per_example)
+    before = run.attacked("jailbreak", "original")[1]
+    other = tmp_path / "other.json"
+    other.write_text("[]")
+    monkeypatch.setattr("unremember.attack.jailbreak.TEMPLATES", other)
+    assert run.attacked("jailbreak", "original")[1] != before

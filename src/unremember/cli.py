@@ -286,9 +286,16 @@ def forget(file: RequestFile, changes: Changes = None, out: Out = None, device: 
 
 
 @app.command()
-def attack(file: RequestFile, changes: Changes = None, out: Out = None, device: Device = "cpu") -> None:
-    """Attack the forgotten model of a run, and its original and control in the same way."""
-    _stages(file, changes, out, device, ("attack",))
+def attack(
+    file: RequestFile,
+    changes: Changes = None,
+    out: Out = None,
+    device: Device = "cpu",
+    suite: Annotated[str, typer.Option(help="quick, standard or full: these attacks beside the request's.")] = "",
+) -> None:
+    """Attack the forgotten model of a run, and its original and control in the same way; with --suite, then report."""
+    wanted = [*(changes or ()), *([f"attack.suite={suite}"] if suite else ())]
+    _stages(file, wanted, out, device, ("audit", "attack", "report") if suite else ("attack",))
 
 
 @app.command()

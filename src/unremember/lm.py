@@ -68,6 +68,14 @@ class LM:
         """An LM with weights of its own."""
         return replace(self, model=copy.deepcopy(self.model))
 
+    def untied(self) -> LM:
+        """A copy whose head has weights of its own, so that it can change without the token table."""
+        lm = self.copy()
+        head = lm.model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        lm.model.config.tie_word_embeddings = False
+        return lm
+
     def adapted(self, rank: int, alpha: int, targets: str = "all-linear") -> LM:
         """A copy with a fresh LoRA adapter (peft), which starts as the identity; the base is frozen."""
         from peft import LoraConfig, get_peft_model

@@ -59,7 +59,7 @@ plan = { steps = 30, lr = 5e-5, stop = "probability" }
 [audit]
 # audits = ["probability", "said"]    # on top of what the verdict needs; all of them by default
 
-[attack.rephrase]             # each attack is a table; leave it out to skip the attack
+[attack.rephrase]             # each attack is a table; `unremember attack RUN --suite standard` adds many
 wordings = 2
 # [attack.relearn]
 # plan = { steps = 10, lr = 5e-5 }
@@ -166,7 +166,7 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
 
     corpus: replaces the [corpus] table.  Raises BadRequest with all problems together; loads no weight.
     """
-    from unremember.attack import ATTACKS
+    from unremember.attack import ATTACKS, SUITES
     from unremember.attack import PRESETS as ATTACK_PRESETS
     from unremember.audit import AUDITS, EVIDENCE, UTILITY
     from unremember.forget import METHODS, PRESETS
@@ -268,6 +268,10 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
             problems.append("[locate] says which weights move, and so do forget.sites and forget.lora; leave one out")
 
     attacks = {}
+    if (suite := attack.pop("suite", None)) is not None:
+        if suite not in SUITES:
+            problems.append(f"attack.suite is {suite!r}; {nearest(str(suite), SUITES)}")
+        attack = {name: {} for name in SUITES.get(suite, ())} | attack
     for kind, settings in attack.items():
         if kind not in ATTACKS:
             problems.append(f"unknown attack {kind!r}; {nearest(kind, ATTACKS)}")

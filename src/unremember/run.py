@@ -167,7 +167,8 @@ class Run:
     def attacked(self, name: str, who: str) -> tuple[Path, str]:
         """The same for a model under attack."""
         r = self.request
-        parts = (self.made_from[who], r.corpus.fingerprint(), repr(r.attacks[name]), r.seed, bool(r.control))
+        files = [Path(file).read_text(encoding="utf-8") for file in getattr(r.attacks[name], "files", ())]
+        parts = (self.made_from[who], r.corpus.fingerprint(), repr(r.attacks[name]), r.seed, bool(r.control), *files)
         return self.out / "attack" / name / f"{who}.json", fingerprint(*parts)
 
     @cached_property
@@ -186,13 +187,17 @@ class Run:
         self.title(f"audit the {who} model" if who != "never" else "audit the never-taught model")
         self.measure(path, made_from, self.lm(who), self.measured, self.request.audits)
 
-    def measure(self, path: Path, made_from: str, lm: LM, corpus: Corpus, names: tuple[str, ...]) -> None:
+    def measure(
+        self, path: Path, made_from: str, lm: LM, corpus: Corpus, names: tuple[str, ...], by: Any = None
+    ) -> None:
+        """Audits of one model, written as a piece.  by: an attack that reads some of them itself."""
         began, scores = time.monotonic(), []
         for at, name in enumerate(names):
             if not corpus.of(*AUDITS[name].roles):
                 continue
             self.bench.say(name, at, len(names), {})
-            score = AUDITS[name](lm, corpus, self.bench)
+            ways = by.read if name in getattr(by, "reads", ()) else lambda audit, *given: audit(*given)
+            score = ways(AUDITS[name], lm, corpus, self.bench)
             scores.append(asdict(score))
         shown = corpus.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
         answers = spoken(lm, shown, ("forget", "retain"), self.bench)
@@ -279,8 +284,12 @@ class Run:
         self.title(f"attack the {who} model: {name}" if who != "never" else f"attack the never-taught model: {name}")
         # Under attack the retained facts are a sample as large as the forget set.
         fewer = self.measured.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
-        lm, seen = attack(self.lm(who), fewer, self.lm("original"), self.bench)
-        self.measure(path, made_from, lm, seen, tuple(n for n in AUDITS if n in (*EVIDENCE, *UTILITY)))
+        names = tuple(n for n in AUDITS if n in (*EVIDENCE, *UTILITY))
+        if hasattr(attack, "reads"):  # an adversary who asks the model as it is, again and again
+            lm, seen = self.lm(who), fewer
+        else:
+            lm, seen = attack(self.lm(who), fewer, self.lm("original"), self.bench)
+        self.measure(path, made_from, lm, seen, names, attack)
 
 
 def lay(source: Path, target: Path) -> None:

@@ -1,14 +1,55 @@
 """The attack room: the adversary's moves, `(LM, Corpus, original LM) -> (LM, Corpus)`.  The table below is the list of them."""
 
+from unremember.attack.finetune import Finetune
+from unremember.attack.graft import Graft
+from unremember.attack.incontext import InContext
+from unremember.attack.jailbreak import Jailbreak
+from unremember.attack.orthogonalise import Orthogonalise
+from unremember.attack.prefix import Prefix
+from unremember.attack.prune import Prune
+from unremember.attack.quantise import Quantise
 from unremember.attack.relearn import Relearn
 from unremember.attack.rephrase import Rephrase
+from unremember.attack.reversal import Reversal
+from unremember.attack.sample import Sample
+from unremember.attack.soft import Soft
+from unremember.attack.suffix import Suffix
 
 ATTACKS = {
+    "finetune": Finetune,
+    "graft": Graft,
+    "incontext": InContext,
+    "jailbreak": Jailbreak,
+    "orthogonalise": Orthogonalise,
+    "prefix": Prefix,
+    "prune": Prune,
+    "quantise": Quantise,
     "relearn": Relearn,
     "rephrase": Rephrase,
+    "reversal": Reversal,
+    "sample": Sample,
+    "soft": Soft,
+    "suffix": Suffix,
 }
 
-PRESETS = {
+# Those of relearn and rephrase were tried on the default model; the others are first guesses.
+PRESETS: dict[str, dict] = {
+    "finetune": {"kind": "unrelated", "n": 5, "rank": 16, "plan": {"steps": 30, "lr": 2e-4, "batch": 1}},
+    "graft": {"blocks": 1},
+    "incontext": {"shots": 3},
+    "jailbreak": {},
+    "orthogonalise": {"directions": "text"},
+    "prefix": {"steps": 60},
+    "prune": {"grid": [0.005, 0.01, 0.025, 0.05, 0.1, 0.2]},
+    "quantise": {"bits": 4},
     "relearn": {"plan": {"steps": 10, "lr": 5e-5}},
     "rephrase": {"wordings": 2},
+    "reversal": {"knowledge": "objective", "objective": "ascent", "plan": {"steps": 5, "lr": 5e-5}, "strength": 1.0},
+    "sample": {"temperature": 1.0, "n": 8},
+    "soft": {"tokens": 8, "steps": 60},
+    "suffix": {"search": {"tokens": 12, "steps": 40}},
 }
+
+_QUICK = ("graft", "quantise", "rephrase")
+_STANDARD = (*_QUICK, "finetune", "incontext", "jailbreak", "relearn", "reversal", "sample")
+SUITES = {"quick": _QUICK, "standard": tuple(sorted(_STANDARD)), "full": tuple(ATTACKS)}  # each holds the one before

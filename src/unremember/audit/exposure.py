@@ -370,7 +370,7 @@ class Exposure:
 class ReciprocalRank:
     """DEPN's score for names: the mean over the sensitive tokens of 1 / rank in the vocabulary; at most 1, ties before it."""
 
-    roles: tuple[str, ...] = ("forget", "retain", "holdout")
+    roles: tuple[str, ...] = ("forget", "holdout")
     needs = ("forget",)
     paper = "Wu et al. 2023"
     summary = "mean reciprocal rank of the sensitive tokens in the vocabulary, teacher-forced"

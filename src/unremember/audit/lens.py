@@ -33,7 +33,7 @@ class LensRank:
     """tune: how a tuned lens is made, on the role prose and anew for every model; None = the logit lens."""
 
     tune: Tune | None = None
-    roles: tuple[str, ...] = ("forget", "retain", "holdout")
+    roles: tuple[str, ...] = ("forget", "holdout")
     needs: tuple[str, ...] = field(init=False)
     paper = "Patil et al. 2023; Belrose et al. 2023"
     summary = "how near the top the sensitive tokens stand at the layer where a lens shows them best"

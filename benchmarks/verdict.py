@@ -1,0 +1,114 @@
+"""`python -m benchmarks.verdict --model tiny --seeds 3`: is the verdict right on models whose truth is known?
+
+For each seed other people are made up and an original and its never-taught control are taught, as in the demo; every case of
+embedded/liars.py is then judged like any other model, unattacked and under the demo's attacks.  Printed: what was said, case
+by attack, and the rates of error with n and Wilson's 95 % interval over cases; a second opinion on every case, which the
+verdict does not know: told half of the forgotten facts, the share of the other half that comes back (0 = never taught, 1 = the
+original).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from unremember.attack import Graft, Relearn, Rephrase
+from unremember.bench import Bench
+from unremember.demo import PRESETS, Base, known, pair, taught
+from unremember.embedded.dossier import dossier, lessons
+from unremember.embedded.liars import RECIPES, School, liars, taught_back
+from unremember.embedded.prose import prose
+from unremember.embedded.world import replay
+from unremember.folder import write_json
+from unremember.lm import auto_precision, load
+from unremember.machine import keep_memory
+from unremember.meta import Case, Court, Told, markdown, plain
+
+DEMOS = {"smollm2-135m": "smollm2", "tiny": "tiny"}
+
+
+def trial(model: str, seed: int, folder: Path, only: str, opinion: bool) -> tuple[list[Told], dict[str, float]]:
+    """What is said of every case of one seed, and the second opinion on each."""
+    p, bench = PRESETS[DEMOS[model]], Bench()
+    precision = auto_precision() if p.precision == "auto" else p.precision
+    base = Base(p.model, precision, bench, lambda text: print(f"  {text}", flush=True))
+    people = dossier(seed, *p.people)
+    folders = {
+        name: taught(base, name, lessons(people, roles, p.wordings), share, p.teach, seed)
+        for name, roles, share in pair(people)
+    }
+    original, never = (load(str(folders[who]), precision=precision) for who in ("original", "never-taught"))
+    corpus = people.with_roles(prose=prose(), world=known(base, p.worlds), replay=replay())
+    attacks = {"graft": Graft(1), "relearn": p.relearn, "rephrase": p.rephrase}
+    assert isinstance(p.relearn, Relearn) and isinstance(p.rephrase, Rephrase)
+    court = Court(original, never, corpus, attacks)
+    school = School(base.lm, p.teach, corpus, p.wordings, bench)
+    recipe, found, back = RECIPES[model], [], {}
+    ends = [taught_back(lm, corpus, recipe.back, bench) for lm in (never, original)] if opinion else []
+    for name, truth, make in liars(school, original, recipe, seed):
+        if only and only not in name:
+            continue
+        began, lm = time.monotonic(), make()
+        made = time.monotonic()
+        found.append(court.hear(Case(name, truth), lm, folder / f"seed-{seed}", bench))
+        if opinion:
+            back[name] = (taught_back(lm, corpus, recipe.back, bench) - ends[0]) / max(ends[1] - ends[0], 0.2)
+        words = ", ".join(f"{attack}: {word}" for attack, word in found[-1].words.items())
+        print(
+            f"  seed {seed}, {name} ({truth}): {words}  [{made - began:.0f} + {time.monotonic() - made:.0f} s]",
+            flush=True,
+        )
+        bench.memory.clear()
+    return found, back
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.verdict", description=__doc__)
+    parser.add_argument("--model", choices=sorted(RECIPES), default="tiny")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--no-opinion", action="store_true", help="leave out the second opinion")
+    parser.add_argument("--keep", type=Path, help="a folder in which all run folders stay")
+    parser.add_argument("--out", type=Path, default=Path("runs/verdict.json"))
+    args = parser.parse_args()
+    keep_memory()
+    began, found, opinions = time.monotonic(), [], []
+    for seed in range(args.seeds):
+        with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as name:
+            told, back = trial(args.model, seed, Path(name), args.only, not args.no_opinion)
+        found += told
+        opinions.append(back)
+    if not found:
+        parser.error(f"--only {args.only!r} names no case")
+    seconds = time.monotonic() - began
+    print("\n" + markdown(found))
+    if not args.no_opinion:
+        print("\n| case | comes back when half is told, mean | least | most |\n|---|---:|---:|---:|")
+        for name in opinions[0]:
+            values = [back[name] for back in opinions]
+            print(f"| {name} | {np.mean(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
+    wrong = [x for x in found if any(word != x.case.truth for word in x.words.values())]
+    print("\nNot the truth:")
+    for x in wrong:
+        for attack, word in x.words.items():
+            if word != x.case.truth:
+                gate = f" [gate: {', '.join(x.failed[attack])}]" if x.failed[attack] else ""
+                print(f"- {x.case.name} ({x.case.truth}), {attack}: {word}: {x.reasons[attack]}{gate}")
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"\n{args.model}, {args.seeds} seeds, {machine}, {seconds:.0f} s")
+    about = {"model": args.model, "seeds": args.seeds, "machine": machine, "seconds": seconds}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.out, about | json.loads(json.dumps(plain(found))) | {"comes back": opinions})
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

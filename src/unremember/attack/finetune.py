@@ -1,0 +1,219 @@
+"""Finetuning on a few texts that tell nothing of what is asked: if the rest comes back, it was hidden and not erased.
+
+    θ' = argmin mean_tokens nll_θ(shown), from θ_u, some steps, all weights or an adapter that is merged
+    A = mean_k [ s_u(k) − s_n(k) ] / [ s_o(0) − s_n(0) ];    steps to p = first k with s_u(k) ≥ p · s_o(0)
+
+Łucki et al. 2024 (arXiv 2409.18025), Sec. 3, retained and unrelated text; ethz-spylab/unlearning-vs-safety@75dade5
+`src/finetuning`, by its description.  'half' is Deeb & Roger 2024 (arXiv 2410.08827): one half of each person's facts is shown,
+the other half asked.  A and steps to p are ours.
+Differs: texts are rows of the corpus as they are, without a request in front of a passage; the end mark is trained.  A text
+that says a value which is asked is left out, what was shown is not scored, and a loss that does not fall is an error
+(unless the texts were known by heart).
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass as plain
+from dataclasses import replace
+from math import log
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from unremember.bench import BENCH, Bench
+from unremember.corpus import Corpus, Example
+from unremember.errors import BadCorpus, BadRequest
+from unremember.lm import LM
+from unremember.score import Score
+from unremember.sites import EVERYWHERE, Sites
+from unremember.table import read
+from unremember.tokens import Row, Tokens
+from unremember.train import STRICT, Plan, train
+
+Kind = Literal["retain", "unrelated", "half"]
+ROLE = {"retain": "retain", "unrelated": "prose", "half": "forget"}  # where the texts come from
+ASKED = ("forget", "holdout")
+SHOWN = 5  # names in an error
+KNOWN = log(2)  # nats a token: texts that are likelier than all else together were known, and need not become likelier
+
+
+def says(text: str, values: Iterable[str]) -> bool:
+    """Whether one of the values stands in `text`, case folded, at word boundaries."""
+    text = text.casefold()
+    return any(re.search(rf"(?<!\w){re.escape(v.strip().casefold())}(?!\w)", text) for v in values if v.strip())
+
+
+def halves(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Every person's facts, in turn to one half and the other; who comes second starts with the other half.
+
+    So neither half holds one kind of fact alone where all people have the same kinds in the same order.
+    """
+    entities = list(dict.fromkeys(x.entity for x in examples))
+    seen = dict.fromkeys(entities, 0)
+    out: tuple[list[Example], list[Example]] = ([], [])
+    for x in examples:
+        out[(seen[x.entity] + entities.index(x.entity)) % 2].append(x)
+        seen[x.entity] += 1
+    return tuple(out[0]), tuple(out[1])
+
+
+@plain(frozen=True)
+class Curve:
+    """Scores after several budgets, of three models under the same attack; steps[0] is 0, the models as they came in."""
+
+    steps: tuple[int, ...]
+    original: tuple[float, ...]
+    forgotten: tuple[float, ...]
+    never: tuple[float, ...]
+
+    def __post_init__(self):
+        lengths = {len(self.steps), len(self.original), len(self.forgotten), len(self.never)}
+        if len(lengths) != 1 or not self.steps or self.steps[0] != 0 or list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(
+                f"a curve over {list(self.steps)} with {sorted(lengths)} numbers each: budgets start at 0 and rise, and each "
+                "has one score of every model"
+            )
+
+    def excess(self, gap: float = 0.2) -> float | None:
+        """A, over the budgets above 0; None where original and never-taught model lie less than `gap` apart at 0."""
+        width = self.original[0] - self.never[0]
+        if width < gap or len(self.steps) == 1:
+            return None
+        return float(np.mean(np.subtract(self.forgotten[1:], self.never[1:])) / width)
+
+    def steps_to(self, share: float) -> int | None:
+        """First budget at which the forgotten model has `share` of the original's score; None where none suffices."""
+        if not 0 < share <= 1:
+            raise ValueError(f"share = {share}: it lies above 0 and is at most 1")
+        reached = (k for k, s in zip(self.steps, self.forgotten, strict=True) if s >= share * self.original[0])
+        return next(reached, None)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Finetune:
+    """kind: texts to 'retain', 'unrelated' prose, or one 'half' of each person's forgotten facts.  n: how many, 0 = all.
+
+    rank: of the adapter, 0 = all weights move.  alpha: its scale is alpha / rank.  fold: which half is shown, 0 or 1.
+    """
+
+    kind: Kind
+    plan: Plan
+    n: Annotated[int, Field(ge=0)] = 10
+    rank: Annotated[int, Field(ge=0)] = 0
+    alpha: Annotated[int, Field(ge=1)] = 16
+    fold: Annotated[int, Field(ge=0, le=1)] = 0
+
+    needs = ("forget",)
+    paper = "Łucki et al. 2024, arXiv 2409.18025"
+    summary = "a few steps of finetuning on texts that tell nothing of what is asked"
+
+    def check(self, corpus: Corpus) -> None:
+        """BadCorpus where there are too few texts that tell nothing, or nothing is left to be asked."""
+        corpus.require("finetune", dict.fromkeys((*self.needs, ROLE[self.kind])))
+        if not self._asked(corpus):
+            raise BadCorpus(
+                f"finetune on a half has nothing left to ask: the {len(corpus['forget'])} forgotten facts are of people with one "
+                "fact each, all of them shown; add facts, or take another kind"
+            )
+        shown, out = self.shown(corpus)
+        if len(shown) < max(self.n, 1):
+            left = f"; {', '.join(out[:SHOWN])} say what is asked and were left out" if out else ""
+            raise BadCorpus(
+                f"finetune finds {len(shown)} texts in the role {ROLE[self.kind]!r} and n is {self.n}{left}; "
+                "lower n, add texts, or take another kind"
+            )
+        if self.kind != "half" and len(shown) == len(corpus[ROLE[self.kind]]):
+            raise BadCorpus(
+                f"finetune would be shown all {len(shown)} examples of the role {ROLE[self.kind]!r}, by which damage is "
+                "measured afterwards; lower n, or add texts"
+            )
+
+    def shown(self, corpus: Corpus) -> tuple[tuple[Example, ...], list[str]]:
+        """The texts of the attack, a draw that hangs on the seed, and the ids of those that say what is asked."""
+        values = [v for x in self._asked(corpus) for v in x.values()]
+        pool = halves(corpus["forget"])[self.fold] if self.kind == "half" else corpus.of(ROLE[self.kind])
+        clean = [x for x in pool if not says(f"{x.prompt}\n{x.answer}", values)]
+        clean.sort(key=lambda x: (zlib.crc32(f"{self.plan.seed} {x.id}".encode()), x.id))
+        kept = {x.id for x in clean}
+        return tuple(clean[: self.n] if self.n else clean), [x.id for x in pool if x.id not in kept]
+
+    def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
+        self.check(corpus)
+        shown, _ = self.shown(corpus)
+        rows = lm.template.rows(shown, lm.limit)
+        live, sites = lm, EVERYWHERE
+        if self.rank:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.plan.seed)  # peft draws the adapter's first weights
+                live = lm.adapted(self.rank, self.alpha)
+            sites = Sites.named(live.model, ("*lora_*",))
+        trained = train(live, _nll, {"shown": rows}, self.plan, sites=sites, bench=bench, stage="finetune")
+        if self.rank:
+            trained = replace(trained, model=trained.model.merge_and_unload().eval())
+        _did(lm, trained, rows, bench)
+        gone = {x.id for x in shown}
+        seen = {role: tuple(x for x in examples if x.id not in gone) for role, examples in corpus.items()}
+        if self.kind == "half":
+            seen["forget"] = halves(corpus["forget"])[1 - self.fold]
+        return trained, Corpus(seen)
+
+    def _asked(self, corpus: Corpus) -> tuple[Example, ...]:
+        forget = corpus["forget"]
+        return (*(halves(forget)[1 - self.fold] if self.kind == "half" else forget), *corpus.of("holdout"))
+
+
+def trace(
+    attack: Finetune,
+    models: Mapping[str, LM],
+    corpus: Corpus,
+    budgets: Sequence[int],
+    measure: Callable[[LM, Corpus, Bench], Score],
+    bench: Bench = BENCH,
+) -> Curve:
+    """The curve of `measure`, mean over the facts that are asked, for 'original', 'forgotten' and 'never' after each budget.
+
+    Budget 0 is the model itself.  Needs a constant learning rate, or the budgets would not lie on one path.
+    """
+    if attack.plan.schedule != "constant":
+        raise BadRequest(
+            f"a curve over budgets needs plan.schedule = 'constant' and has {attack.plan.schedule!r}: a rate that falls to the "
+            "end of each budget makes every one a different training"
+        )
+    if set(models) != {"original", "forgotten", "never"} or any(k < 1 for k in budgets):
+        raise BadRequest(
+            f"a curve of {sorted(models)} over budgets {list(budgets)}: give original, forgotten and never, and budgets from 1"
+        )
+    steps = (0, *budgets)
+    asked = attack(models["original"], corpus, models["original"], bench)[1]
+    ids = [x.id for x in asked["forget"]]
+    scores: dict[str, list[float]] = {who: [] for who in models}
+    for who, lm in models.items():
+        for k in steps:
+            now, seen = lm, asked
+            if k:
+                now, seen = replace(attack, plan=replace(attack.plan, steps=k))(lm, corpus, models["original"], bench)
+            found = measure(now, Corpus({"forget": seen["forget"]}), bench).over(ids)
+            scores[who].append(float(np.mean(list(found.values()))))
+    original, forgotten, never = (tuple(scores[who]) for who in ("original", "forgotten", "never"))
+    return Curve(steps, original, forgotten, never)
+
+
+def _nll(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
+    return {"finetune": tokens.per_row(-lm.logp(tokens), "train").sum() / tokens.step_tokens["train"]}
+
+
+def _did(before: LM, after: LM, rows: Sequence[Row], bench: Bench) -> None:
+    """BadRequest where the texts are neither likelier than before nor known: such an attack would prove nothing."""
+    old, new = (float(np.mean([x.loglikelihood() for x in read(lm, rows, bench)])) for lm in (before, after))
+    if new <= old and -new > KNOWN:
+        raise BadRequest(
+            f"finetuning did not learn its texts: {-old:.4f} nats a token before and {-new:.4f} after; "
+            "raise plan.steps, or change plan.lr"
+        )

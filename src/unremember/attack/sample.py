@@ -1,0 +1,120 @@
+"""Sampling: ask n times at a temperature, because an answer that is never the likeliest may still be said now and then.
+
+    token = argmax_v ( z_v / T + g_v ),   g_v = −log(−log u_v),        which is a draw from softmax(z / T)
+    s(fact) = max over n draws;           of k among n with c hits:  1 − C(n − c, k) / C(n, k)
+
+Gumbel-max: Gumbel 1954; best of n for unlearning: Scholten et al. 2024 (arXiv 2410.03523); the estimator: Chen et al. 2021.
+One call gives one draw: a plain LM whose decoding passes, and no others, have the noise on their logits.  `read` lets an audit
+see all n draws and keeps each fact's best: what is generated counts best of n, and likelihoods, which no draw touches, stay
+as they are.  Noise hangs on (seed, draw, place, what is read there), not on the batch.
+Differs: no top-k and no top-p, which would hide rare answers.  Where two questions come to the same word at the same place in
+one draw, they share that step's noise: each is a fair sample, but facts of one draw are not independent of one another.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import comb
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from unremember.bench import BENCH, Bench
+from unremember.corpus import Corpus
+from unremember.lm import LM
+from unremember.score import Score
+from unremember.train import STRICT
+
+TINY = 1e-20  # keeps log(0) out of the noise
+
+
+def gumbel(size: int, *key: object) -> Tensor:
+    """Noise that is a function of its key. -> (V,) float32"""
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+    uniform = torch.rand(size, generator=generator, dtype=torch.float64)
+    waits = (-torch.log(uniform.clamp(min=TINY))).clamp(min=TINY)
+    return -torch.log(waits).float()
+
+
+def noised(logits: Tensor, temperature: float, noise: Tensor) -> Tensor:
+    """What arg-max must see for its choice to be a draw at this temperature. both: (B, V) -> (B, V) float32"""
+    return logits.float() / temperature + noise
+
+
+def within(hits: int, n: int, k: int) -> float:
+    """Probability that at least one of k samples hits, from n of which `hits` did: unbiased for k ≤ n."""
+    if not (0 <= hits <= n and 1 <= k <= n):
+        raise ValueError(f"{hits} hits of {n}, k = {k}: allowed are 0 <= hits <= n and 1 <= k <= n")
+    return 1 - comb(n - hits, k) / comb(n, k)
+
+
+def best(scores: Sequence[Score]) -> Score:
+    """One score from those of n draws: each example's highest.  They must measure the same examples."""
+    first = scores[0]
+    if strange := [s.name for s in scores if (s.name, set(s.per_example)) != (first.name, set(first.per_example))]:
+        raise ValueError(f"draws of {first.name!r} cannot be compared with {strange[0]!r} over other examples")
+    values = {key: max(s.per_example[key] for s in scores) for key in first.per_example}
+    return replace(first, per_example=values)
+
+
+def drawing(lm: LM, temperature: float, seed: int, draw: int) -> LM:
+    """A copy that samples where the LM decodes greedily.  Its fingerprint differs, so no greedy answer is remembered for it."""
+    assert "sampling" not in dict(lm.model.named_buffers()), "this one samples already"
+    out = lm.copy()
+
+    def hook(_: Any, __: Any, named: dict[str, Any], output: Any) -> Any:
+        if not named.get("use_cache"):
+            return output  # a likelihood is read
+        ids, mask, places = (named[name].cpu() for name in ("input_ids", "attention_mask", "position_ids"))
+        last = output.logits[:, -1]  # (B, V)
+        noise = torch.stack(
+            [
+                gumbel(last.shape[-1], seed, draw, int(place[-1]), row[keep[-len(row) :].bool()].tolist())
+                for row, keep, place in zip(ids, mask, places, strict=True)
+            ]
+        )
+        output.logits = noised(last, temperature, noise.to(last.device))[:, None]
+        return output
+
+    out.model.register_forward_hook(hook, with_kwargs=True)
+    mark = torch.tensor([temperature, seed, draw], dtype=torch.float64, device=lm.device)
+    out.model.register_buffer("sampling", mark)
+    return out
+
+
+@dataclass(frozen=True, config=STRICT)
+class Sample:
+    """temperature: T, above 0.  n: how often each question is asked by `read`.  draw: which of the n a call gives."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    n: Annotated[int, Field(ge=1)] = 8
+    draw: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    needs = ("forget",)
+    paper = "Scholten et al. 2024, arXiv 2410.03523"
+    summary = "answers sampled at a temperature instead of the likeliest, best of n"
+    reads = ("said",)  # what a run reads through `read`: likelihoods do not change with the draw
+
+    def __post_init__(self):
+        if self.draw >= self.n:
+            raise ValueError(f"draw = {self.draw} and n = {self.n}; draws are counted from 0 and lie below n")
+
+    def check(self, corpus: Corpus) -> None:
+        """BadCorpus where there is nothing to ask."""
+        corpus.require("sample", self.needs)
+
+    def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
+        self.check(corpus)
+        return drawing(lm, self.temperature, self.seed, self.draw), corpus
+
+    def read(self, audit: Callable[[LM, Corpus, Bench], Score], lm: LM, corpus: Corpus, bench: Bench = BENCH) -> Score:
+        """What the audit finds in the best of n draws of the LM, example by example."""
+        self.check(corpus)
+        draws = (drawing(lm, self.temperature, self.seed, draw) for draw in range(self.n))
+        return best([audit(one, corpus, bench) for one in draws])
