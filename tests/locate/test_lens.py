@@ -118,11 +118,12 @@ def test_a_secret_that_only_the_last_block_hides_is_seen_before_it(circuit):
     lm, corpus = circuit
     veiled = hidden_at_the_end(lm)
     assert all((t.rank[-1] > 20).all() and (t.rank[-2] == 1).all() for t in trails(veiled, rows(lm, corpus)))
-    score, plain = (LensRank()(x, corpus, Bench()).per_example for x in (veiled, lm))
+    audit = LensRank(roles=("forget", "retain"))
+    score, plain = (audit(x, corpus, Bench()).per_example for x in (veiled, lm))
     assert score == plain == dict.fromkeys((x.id for x in corpus.of("forget", "retain")), 1.0)
     with torch.no_grad():
         veiled.model.model.layers[LOOKUP].mlp.down_proj.weight.zero_()  # and now it is gone
-    gone = list(LensRank()(replace(veiled, name="gone"), corpus, Bench()).per_example.values())
+    gone = list(audit(replace(veiled, name="gone"), corpus, Bench()).per_example.values())
     # What is left carries noise, and noise likes one town best: those who live there score by luck, about one in four.
     assert np.median(gone) < 0.05 and np.mean(gone) < 0.45
 
@@ -136,7 +137,7 @@ def test_the_audit_knows_the_taught_from_the_never_taught(taught, never, corpus)
     old, new = (np.array(list(s.over(forget).values())) for s in (taught_score, never_score))
     # Measured: .85 (one digit is not learnt), median 1; of those never taught at most .21, mean .05.
     assert old.min() > 0.7 and np.median(old) == 1 and new.max() < 0.4, (old.min(), new.max())
-    assert set(taught_score.per_example) == {x.id for x in corpus.of("forget", "retain", "holdout")}
+    assert set(taught_score.per_example) == {x.id for x in corpus.of("forget", "holdout")}
 
 
 def test_a_model_that_prefers_nothing_ranks_nothing(tiny, corpus):
