@@ -131,14 +131,15 @@ class Discoverable:
         if problems:
             raise BadCorpus(problems)
         found = {}
-        for x, (_, begin), reading in zip(examples, cut, table(lm, [row for row, _ in cut], bench), strict=True):
-            hit, logp = reading.hit[begin:], reading.logp[begin:]
+        readings = table(lm, [row for row, _, _ in cut], bench)
+        for x, (_, begin, end), reading in zip(examples, cut, readings, strict=True):
+            hit, logp = reading.hit[begin:end], reading.logp[begin:end]
             found[x.id] = Suffix(bool(hit.all()), min(0.0, float(logp.sum(dtype=np.float64))), len(hit))
         return found
 
-    def _cut(self, lm: LM, x: Example) -> tuple[Row, int]:
-        """The row up to the end of its suffix, without an end mark, and how many of its scored tokens are context."""
-        row = lm.template.row(x.id, x.prompt, x.answer)
+    def _cut(self, lm: LM, x: Example) -> tuple[Row, int, int]:
+        """The row up to the end of its suffix, and where among its scored tokens the suffix begins and ends."""
+        row = lm.template.row(x.id, x.prompt, x.answer, x.spans)
         if x.prompt:
             begin, end = 0, min(self.suffix, row.stop - row.start)
         else:
@@ -157,4 +158,6 @@ class Discoverable:
             raise BadCorpus(
                 f"example {x.id!r}: context and suffix are {stop} tokens and the model's context is {lm.limit}; lower them"
             )
-        return replace(row, ids=row.ids[:stop], stop=stop, span=row.span[:end]), begin
+        if stop == row.stop and not (lm.limit and len(row.ids) > lm.limit):
+            return row, begin, end  # as every other audit reads it, so that it is read once
+        return replace(row, ids=row.ids[:stop], stop=stop, span=row.span[:end]), begin, end
