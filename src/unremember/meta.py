@@ -10,7 +10,6 @@ Differs: nothing to differ from.  Cases of one kind resemble one another: an int
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +25,11 @@ from unremember.folder import claim
 from unremember.lm import LM
 from unremember.request import Request
 from unremember.run import Run, lay
-from unremember.score import FORGOTTEN, NOT_APPLICABLE, OVER, REMEMBERED, RULE, Rule
+from unremember.score import FORGOTTEN, NOT_APPLICABLE, OVER, REMEMBERED, RULE, Rule, wilson
 
 TRUTHS = get_args(Truth)
 WORDS = (REMEMBERED, OVER, FORGOTTEN, NOT_APPLICABLE)  # the worst first
 SUITE = "suite"  # the column of all conditions together
-Z = 1.959964  # two-sided 95 %
 
 
 @dataclass(frozen=True)
@@ -79,16 +77,6 @@ class Rate:
     @property
     def interval(self) -> tuple[float, float] | None:
         return wilson(self.k, self.n) if self.n else None
-
-
-def wilson(k: int, n: int, z: float = Z) -> tuple[float, float]:
-    """Wilson's score interval of k of n: (p + z²/2n ± z·√(p(1 − p)/n + z²/4n²)) / (1 + z²/n)."""
-    if not 0 <= k <= n or n < 1:
-        raise ValueError(f"{k} of {n}: give 0 <= k <= n and n >= 1")
-    p, square = k / n, z * z / n
-    middle, half = p + square / 2, z * math.sqrt(p * (1 - p) / n + square / (4 * n))
-    low, high = (middle - half) / (1 + square), (middle + half) / (1 + square)
-    return 0.0 if k == 0 else low, 1.0 if k == n else high  # rounding leaves 1e-17 at the ends
 
 
 def suite(words: Iterable[str]) -> str:

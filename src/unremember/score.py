@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import Annotated
 
 import numpy as np
@@ -51,6 +52,16 @@ def interval(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple
     picks = np.random.default_rng(seed).integers(0, len(data), (draws, len(data)))
     low, high = np.quantile(data[picks].mean(1), [0.025, 0.975])
     return float(low), float(high)
+
+
+def wilson(k: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of k of n: (p + z²/2n ± z·√(p(1 − p)/n + z²/4n²)) / (1 + z²/n)."""
+    if not 0 <= k <= n or n < 1:
+        raise ValueError(f"{k} of {n}: give 0 <= k <= n and n >= 1")
+    p, square = k / n, z * z / n
+    middle, half = p + square / 2, z * sqrt(p * (1 - p) / n + square / (4 * n))
+    low, high = (middle - half) / (1 + square), (middle + half) / (1 + square)
+    return 0.0 if k == 0 else low, 1.0 if k == n else high  # rounding leaves 1e-17 at the ends
 
 
 def summary(values: Mapping[str, float]) -> dict | None:

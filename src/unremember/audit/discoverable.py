@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass as plain
 from dataclasses import replace
-from math import ceil, exp, expm1, inf, isinf, log1p, sqrt
+from math import ceil, exp, expm1, inf, isinf, log1p
 from typing import Annotated
 
 import numpy as np
@@ -27,12 +27,10 @@ from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
 from unremember.errors import BadCorpus
 from unremember.lm import LM
-from unremember.score import Score
+from unremember.score import Score, wilson
 from unremember.table import table
 from unremember.tokens import Row
 from unremember.train import STRICT
-
-Z = 1.959964  # 97.5 % quantile of the normal distribution
 
 
 @plain(frozen=True)
@@ -81,13 +79,6 @@ def rate(values: Mapping[str, float], ids: Collection[str], chance: Collection[s
         raise ValueError("a rate over no examples is not defined; give at least one id")
     level = float(np.mean([values[i] for i in chance])) if chance else None
     return Rate(float(np.mean(found)), len(found), *wilson(float(np.sum(found)), len(found)), level)
-
-
-def wilson(hits: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share; unlike a bootstrap it has a width at 0 and at n hits."""
-    share = hits / n
-    middle, half = share + Z**2 / (2 * n), Z * sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return max(0.0, (middle - half) / (1 + Z**2 / n)), min(1.0, (middle + half) / (1 + Z**2 / n))
 
 
 @dataclass(frozen=True, config=STRICT)
