@@ -2,9 +2,9 @@
 
 FILE is a comparison with one seed, the *validation dossier*: people whom no reported number ever sees.  Each trial forgets down
 to the never-taught level and is worth what is left of what should have stayed: the smaller of retained facts and world knowledge,
-less the rise of the prose loss; a trial that does not reach the level is worth minus what it left of the forget set.
-The first trial has three times the preset's rate, the second a lower or a higher one, further ones are optuna's.  The study
-is a file, so that a search that was cut short goes on; tuned.json says what every trial tried and found.
+less the rise of the prose loss; a trial that does not reach the level is worth minus that rise and what it left of the forget
+set.  The first trial has three times the preset's rate, the next two follow from what it did, further ones are optuna's.
+The study is a file, so that a search that was cut short goes on; tuned.json says what every trial tried and found.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from unremember.forget import METHODS, PRESETS
 from unremember.report.pareto import score
 
 BEGIN, STEP = 3.0, 3.0  # the first rate, in preset's learning rates, and how far the second is from it
+WRECKED = 0.5  # share of what retained people's answers had, below which a rate was too high
+LIGHTER = 4.0  # the third trial's retain weight, as a divisor
 PURE = ("ascent", "seul", "advga", "flearning")  # hold nothing by definition, or by strength alone: the rate is all
 SECOND = {
     "retain": 4.0,
@@ -39,10 +41,21 @@ def first(name: str) -> dict[str, float]:
     return found | ({key: SECOND[key]} if key else {})
 
 
-def second(name: str, reached: bool) -> dict[str, float]:
-    """The second: a rate that did not reach the level is followed by a higher one, a rate that did by a lower."""
-    point = first(name)
-    return point | {k: v * STEP if not reached else v / STEP for k, v in point.items() if k == "lr"}
+def after(done: list[tuple[dict[str, float], float, dict]]) -> dict[str, float] | None:
+    """The next trial by hand, after those `done` (settings, worth, row); None where the sampler goes on.
+
+    Second: a lower rate where the level was reached or the model was wrecked, else a higher one.
+    Third, where neither reached it: a lighter retain term at the better of the two rates.
+    """
+    if len(done) == 1:
+        point, _, row = done[0]
+        up = not row.get("reached") and (row.get("kept") or 0.0) > WRECKED
+        return {k: v if k != "lr" else v * STEP if up else v / STEP for k, v in point.items()}
+    if len(done) == 2 and not any(row.get("reached") for *_, row in done):
+        point = max(done, key=lambda x: x[1])[0]
+        lighter = {k: v if k == "lr" else v / LIGHTER for k, v in point.items()}
+        return lighter if lighter != point else None
+    return None
 
 
 def settings(trial, name: str) -> dict:
@@ -60,12 +73,13 @@ def worth(row: dict) -> float:
     if row["failed"]:
         return -2.0
     if not row["reached"]:
-        return -max(row["r"]["none"] or 1.0, 0.0)
+        left = row["r"]["none"]
+        return -1.0 if left is None else -max(left, 0.0) - max(row["prose"] or 0.0, 0.0)
     return score(row) - max(row["prose"] or 0.0, 0.0)
 
 
 def search(raw: dict, name: str, trials: int) -> dict:
-    """The best of `trials` settings of one method, the preset among them, and all that was tried."""
+    """The best of `trials` settings of one method, and all that was tried."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -87,16 +101,15 @@ def search(raw: dict, name: str, trials: int) -> dict:
         method = {name: {**own, **tried} | ({"plan": plan} if plan else {})}
         asked = {**raw, "compare": {**raw["compare"], "methods": [name]}, "method": method}
         [row] = compare(checked(asked), Bench(), print)["rows"]
-        trial.set_user_attr(
-            "row", {k: row.get(k) for k in ("reached", "kept", "world", "prose", "steps", "seconds", "failed")}
-        )
+        keys = ("r", "reached", "kept", "world", "prose", "steps", "seconds", "failed")
+        trial.set_user_attr("row", {k: row.get(k) for k in keys})
         return worth(row)
 
     while len(done := [t for t in study.trials if t.state.is_finished()]) < trials:
         if not done:
             study.enqueue_trial(first(name), skip_if_exists=True)
-        elif len(done) == 1:
-            study.enqueue_trial(second(name, bool(done[0].user_attrs["row"]["reached"])), skip_if_exists=True)
+        elif point := after([(t.params, t.value, t.user_attrs.get("row", {})) for t in done]):
+            study.enqueue_trial(point, skip_if_exists=True)
         study.optimize(objective, n_trials=1)
     tried = [
         {"settings": t.params, "worth": t.value, **t.user_attrs.get("row", {})}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from unremember.embedded import MODELS
 from unremember.errors import BadModel
-from unremember.lm import check, load
+from unremember.lm import _LogP, check, load
 from unremember.tokens import pack
 
 
@@ -275,3 +276,49 @@ def test_weights_of_another_shape_are_a_bad_model(broken):
     (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
     with pytest.raises(BadModel, match="broken"):
         load(str(broken))
+
+
+# likelihood and its gradient, without float32 copies
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 8, 21])
+def test_logp_is_cross_entropy_in_value_and_gradient(rows, dtype):
+    draw = torch.Generator().manual_seed(rows)
+    z = (4 * torch.randn(rows, 50, generator=draw)).to(dtype).requires_grad_()
+    target, weight = torch.randint(50, (rows,), generator=draw), torch.randn(rows, generator=draw)
+    plain = -torch.nn.functional.cross_entropy(z.float(), target, reduction="none")
+    ours = _LogP.apply(z, target)
+    assert ours.dtype == torch.float32 and torch.allclose(ours, plain, atol=1e-5)
+    mine, theirs = (torch.autograd.grad((x * weight).sum(), z)[0] for x in (ours, plain))
+    assert mine.dtype == dtype and torch.allclose(mine, theirs, atol=1e-6)
+
+
+def test_logp_of_two_words_by_hand():
+    """Scores 0 and log 3: probabilities 1/4 and 3/4; the slope of log p(1) is -1/4 and 1/4."""
+    z = torch.tensor([[0.0, 3.0]]).log().clamp(min=0).requires_grad_()
+    found = _LogP.apply(z, torch.tensor([1]))
+    assert found.item() == pytest.approx(float(torch.tensor(0.75).log()))
+    assert torch.allclose(torch.autograd.grad(found, z)[0], torch.tensor([[-0.25, 0.25]]))
+
+
+def test_shared_casts_change_no_gradient_and_serve_no_reader(tiny, corpus):
+    """Two micro-batches with a reading in between, in bfloat16: the same bits as with a cast each."""
+    lm = replace(tiny.copy(), precision="bf16")
+    lm.model.requires_grad_(True)
+    rows = lm.template.rows(corpus.of("forget"))
+    halves = [pack([rows[:3]]), pack([rows[3:]])]
+
+    def slopes():
+        for tokens in halves:
+            with torch.no_grad():
+                lm.logp(tokens)
+            lm.logp(tokens).sum().backward()
+        found = [w.grad.clone() for w in lm.model.parameters()]
+        lm.model.zero_grad()
+        return found
+
+    apart = slopes()
+    with lm.casts():
+        together = slopes()
+    assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))

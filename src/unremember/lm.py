@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from unremember import team
+from unremember.attention import quick
 from unremember.errors import BadModel
 from unremember.tokens import Template, Tokens, pack
 
@@ -143,11 +144,23 @@ class LM:
 
         hooks = [head.register_forward_pre_hook(narrow), head.register_forward_hook(widen)]
         try:
-            with torch.autocast(kind, torch.bfloat16, enabled=lower):
+            # a copy of a weight that was made without gradients must not serve a pass that wants them
+            with torch.autocast(kind, torch.bfloat16, enabled=lower, cache_enabled=not exact):
                 yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @contextmanager
+    def casts(self) -> Generator[None]:
+        """While the context lasts, passes with gradients share autocast's bfloat16 copies of the weights: one cast a step.
+
+        Weights must not change inside.
+        """
+        with torch.autocast(
+            self.device.type, enabled=False
+        ):  # what the outermost of nested contexts made is kept to its end
+            yield
 
     @contextmanager
     def lowered(self) -> Generator[None]:
@@ -174,7 +187,7 @@ class LM:
 
     def logp(self, tokens: Tokens) -> Tensor:
         """Log-probability of each scored token, float32. -> (N,)"""
-        return -nn.functional.cross_entropy(self.logits(tokens).float(), tokens.target, reduction="none")
+        return _LogP.apply(self.logits(tokens), tokens.target)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[tuple[int, ...]], new: int, batch: int = 64) -> list[tuple[int, ...]]:
@@ -251,6 +264,34 @@ class LM:
         """Write weights (safetensors; the adapter alone for a LoRA model), tokenizer and generation settings to `folder`."""
         self.model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
+
+
+class _LogP(torch.autograd.Function):
+    """Log-softmax of logits (N, V) at target (N,), in float32, a few rows at a time.
+
+    Spares the float32 copies of the logits and of their gradient that `cross_entropy` makes: each row is read while it is in
+    the processor's cache, and what is kept for the way back is the logits themselves.
+    """
+
+    ROWS = 8  # 1.5 MB of a vocabulary of 49,152
+
+    @staticmethod
+    def forward(ctx, z: Tensor, target: Tensor) -> Tensor:
+        total = torch.cat([part.float().logsumexp(-1) for part in z.split(_LogP.ROWS)]) if len(z) else z.new_empty(0)
+        ctx.save_for_backward(z, target, total)
+        return z.gather(1, target[:, None])[:, 0].float() - total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *slopes: Tensor) -> tuple[Tensor, None]:
+        z, target, total = ctx.saved_tensors
+        (slope,) = slopes
+        out = torch.empty_like(z)
+        for at in range(0, len(z), _LogP.ROWS):
+            rows = slice(at, at + _LogP.ROWS)
+            part = (z[rows].float() - total[rows, None]).exp_().mul_(-slope[rows, None])
+            out[rows] = part.scatter_add_(1, target[rows, None], slope[rows, None])
+        return out, None
 
 
 class _Reached(Exception):
@@ -385,7 +426,7 @@ def load(name: str, *, template: str = "auto", precision: str = "auto", device: 
     chat = bool(tokenizer.chat_template) if template == "auto" else template == "chat"
     if precision == "auto":
         precision = auto_precision(device)
-    lm = LM(model.to(device).eval(), Template(tokenizer, chat), precision, name)
+    lm = LM(quick(model.to(device)).eval(), Template(tokenizer, chat), precision, name)
     _sees_tries(lm)
     return lm
 

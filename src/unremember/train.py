@@ -158,14 +158,15 @@ def train(
         scored: dict[str, int] = {}
         micros = [tokens.to(lm.device) for tokens in batch(pools, plan, step, bench.budget)]
         before(lm, micros, step + 1)
-        for tokens in micros:
-            terms = objective(lm, tokens)
-            (
-                torch.stack(list(terms.values())).sum() * team.size()
-            ).backward()  # FSDP2 averages over processes, and our terms must add up
-            scored[tokens.role] = tokens.step_tokens["train"]
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
+        with lm.casts():
+            for tokens in micros:
+                terms = objective(lm, tokens)
+                (
+                    torch.stack(list(terms.values())).sum() * team.size()
+                ).backward()  # FSDP2 averages over processes, and our terms must add up
+                scored[tokens.role] = tokens.step_tokens["train"]
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(value.detach())
         after(lm, micros)
         sums = team.total(sums)
         gradients = [w.grad for w in weights if w.grad is not None]

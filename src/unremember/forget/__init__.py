@@ -50,7 +50,7 @@ PRESETS = {
     "advnpo": {
         "plan": {"steps": 30, "lr": 5e-5, "stop": "probability"},
         "beta": 0.1,
-        "retain": 1.0,
+        "retain": 4.0,
         "radius": 0.1,
         "inner": 3,
     },
@@ -75,8 +75,12 @@ PRESETS = {
         "part": "span",
     },
     "llmu": {"plan": {"steps": 30, "lr": 3e-5, "stop": "probability"}, "forget": 0.5, "mismatch": 1.0, "kl": 1.0},
-    "mechanistic": {"plan": {"steps": 50, "lr": 1e-4, "clip": 1.0, "stop": "probability"}, "locator": "path"},
-    "npo": {"plan": {"steps": 30, "lr": 5e-5, "stop": "probability"}, "beta": 0.1, "retain": 1.0},
+    "mechanistic": {
+        "plan": {"steps": 40, "lr": 3e-4, "clip": 1.0, "stop": "probability"},
+        "retain": 4.0,
+        "locator": "path",
+    },
+    "npo": {"plan": {"steps": 30, "lr": 5e-5, "stop": "probability"}, "beta": 0.1, "retain": 4.0},
     "pcgu": {
         "plan": {
             "steps": 60,
@@ -93,7 +97,7 @@ PRESETS = {
     "seul": {"plan": {"steps": 20, "lr": 3e-5, "stop": "probability"}},
     "simnpo": {"plan": {"steps": 30, "lr": 3e-5, "stop": "probability"}, "beta": 2.5, "retain": 1.0},
     "undial": {"plan": {"steps": 30, "lr": 1e-4, "stop": "probability"}, "strength": 10.0, "retain": 1.0},
-    "wga": {"plan": {"steps": 30, "lr": 5e-5, "stop": "probability"}, "alpha": 1.0, "retain": 1.0},
+    "wga": {"plan": {"steps": 40, "lr": 1.5e-4, "stop": "probability"}, "alpha": 1.0, "retain": 4.0},
     "whp": {
         "plan": {"steps": 40, "lr": 3e-5, "stop": "probability"},
         "reinforce": {"steps": 10, "lr": 5e-5},

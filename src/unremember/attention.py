@@ -1,0 +1,56 @@
+"""Attention on the CPU as three plain matrix operations, where the fused kernel is at its slowest.
+
+Torch's fused kernel with an explicit mask (and tries need one) runs at a tenth of the matrix peak on short lanes.  Here
+heads that share a key are rows of one product, the mask is added in place, and the softmax is one call.  The scores of a
+lane are held whole, so that long rows go back to the fused kernel.  Equal to it up to rounding (tested).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
+
+NAME = "unremember"
+KINDS = ("llama", "mistral", "qwen2", "qwen3")  # nothing in their attention but scores, mask and softmax
+LONG = 512 * 512  # scores of a head, beyond which the fused kernel is used
+
+
+def grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax(scale · query keyᵀ + mask) value.  H is a multiple of K; head h reads key h // (H / K).
+
+    query (B, H, T, D), key and value (B, K, S, D), mask (B, 1, T, S) -> (B, T, H, D).
+    """
+    b, h, t, d = query.shape
+    k, s = key.shape[1:3]
+    rows = (query * scale).reshape(b * k, h // k * t, d)
+    scores = torch.bmm(rows, key.reshape(b * k, s, d).transpose(1, 2)).view(b, h, t, s)
+    if mask is not None:
+        scores += mask.to(scores.dtype)
+    mixed = torch.bmm(scores.softmax(-1).view(b * k, h // k * t, s), value.reshape(b * k, s, value.shape[-1]))
+    return mixed.view(b, h, t, -1).transpose(1, 2).contiguous()
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls in every block. settings: its own; dropout is off in every model here."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotation has made them float32
+    if query.shape[2] * key.shape[2] > LONG:
+        mask = None if attention_mask is None else attention_mask.to(query.dtype)
+        return sdpa_attention_forward(module, query, key, value, mask, **settings)
+    with torch.autocast(query.device.type, enabled=False):  # it would make the softmax a float32 one, twice the memory
+        return grouped(query, key, value, attention_mask, settings["scaling"]), None
+
+
+def quick(model: Any) -> Any:
+    """The same model, whose blocks use this attention where it is known to be theirs; other models stay as they are."""
+    if model.config.model_type in KINDS and model.device.type == "cpu":
+        AttentionInterface.register(NAME, attend)
+        AttentionMaskInterface.register(NAME, eager_mask)
+        model.set_attn_implementation(NAME)
+    return model

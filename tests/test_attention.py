@@ -1,0 +1,70 @@
+"""Plain matrix attention against torch's fused kernel, alone and inside a model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unremember.attention import LONG, NAME, attend, grouped, quick
+from unremember.tokens import pack
+
+
+def parts(dtype=torch.float64, heads=6, keys=2, places=7, seen=9):
+    draw = torch.Generator().manual_seed(3)
+    shapes = (heads, places), (keys, seen), (keys, seen)
+    q, k, v = (torch.randn(3, h, t, 4, generator=draw, dtype=dtype).requires_grad_() for h, t in shapes)
+    hidden = torch.rand(3, 1, places, seen, generator=draw) < 0.4
+    hidden[..., 0] = False
+    return q, k, v, torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("keys", [1, 2, 6])
+def test_equals_the_fused_kernel_in_value_and_gradient(masked, keys):
+    q, k, v, mask = parts(keys=keys)
+    mask = mask if masked else None
+    ours = grouped(q, k, v, mask, 0.5)
+    repeated = [x.repeat_interleave(6 // keys, 1) for x in (k, v)]
+    fused = F.scaled_dot_product_attention(q, *repeated, attn_mask=mask, scale=0.5).transpose(1, 2)
+    assert torch.allclose(ours, fused)
+    weight = torch.randn(ours.shape, dtype=ours.dtype)
+    mine, theirs = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (ours, fused))
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.allclose(a, b)
+
+
+def test_a_head_worked_by_hand():
+    """Scores 0 and log 3 weigh the values 1 and 5 by 1/4 and 3/4: 4."""
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    k = torch.tensor([0.0, 3.0], dtype=torch.float64).log().clamp(min=0)[None, None, :, None]
+    v = torch.tensor([1.0, 5.0], dtype=torch.float64)[None, None, :, None]
+    assert grouped(one, k, v, None, 1.0).item() == pytest.approx(4.0)
+
+
+def test_long_rows_go_to_the_fused_kernel(monkeypatch):
+    q, k, v, mask = parts(torch.float32)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    short, _ = attend(module, q, k, v, mask, scaling=0.5, dropout=0.0)
+    monkeypatch.setattr("unremember.attention.LONG", 1)
+    monkeypatch.setattr("unremember.attention.grouped", None)  # must not be called
+    long, _ = attend(module, q, k, v, mask, scaling=0.5, dropout=0.0)
+    assert LONG > 1 and torch.allclose(short, long, atol=1e-6)
+
+
+def test_a_model_says_the_same_with_it(tiny):
+    lm = tiny.copy()
+    assert quick(lm.model).config._attn_implementation == NAME
+    rows = [lm.template.row(a, "Who is it?", a) for a in ("The cat sat here.", "A dog ran away.")]
+    mine, said = lm.logp(pack([rows])), lm.answer(["Who is it?", "What?"], 5)
+    lm.model.set_attn_implementation("sdpa")
+    assert torch.allclose(mine, lm.logp(pack([rows])), atol=1e-5)
+    assert said == lm.answer(["Who is it?", "What?"], 5)
+
+
+def test_a_model_with_other_attention_keeps_its_own(tiny):
+    lm = tiny.copy()
+    lm.model.set_attn_implementation("sdpa")
+    lm.model.config.model_type = "gemma2"  # soft caps, which ours does not have
+    assert quick(lm.model).config._attn_implementation == "sdpa"
