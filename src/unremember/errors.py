@@ -6,6 +6,7 @@ UnrememberError
 │   ├── BadCorpus       a corpus file or an example in it
 │   ├── BadModel        a model folder, GGUF file, adapter or hub name
 │   └── BadFolder       an output folder that is not ours, not writable, or of another run
+├── NotApplicable   an attack finds nothing in this model that it could work on; its verdict says so, and the run goes on
 ├── Diverged        the loss or the weights stopped being finite; the model that came in is untouched
 └── Interrupted     the user stopped the run; it can be resumed
 """
@@ -46,6 +47,12 @@ class BadModel(BadInput):
 
 class BadFolder(BadInput):
     """An output folder that is not ours, cannot be written, or belongs to another run."""
+
+
+class NotApplicable(UnrememberError):
+    """An attack that has nothing to work on: no verdict under it, for a reason that the report gives."""
+
+    code = 2
 
 
 class Diverged(UnrememberError):

@@ -28,7 +28,7 @@ from unremember.audit.answers import spoken
 from unremember.audit.editing import pinned
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus
-from unremember.errors import BadFolder
+from unremember.errors import BadFolder, NotApplicable
 from unremember.folder import claim, fingerprint, read_json, whole, write_json, write_text
 from unremember.forget.sequential import sequential
 from unremember.lm import LM, auto_precision, check, load
@@ -188,21 +188,32 @@ class Run:
         self.measure(path, made_from, self.lm(who), self.measured, self.request.audits)
 
     def measure(
-        self, path: Path, made_from: str, lm: LM, corpus: Corpus, names: tuple[str, ...], by: Any = None
+        self,
+        path: Path,
+        made_from: str,
+        lm: LM,
+        corpus: Corpus,
+        names: tuple[str, ...],
+        by: Any = None,
+        spent: float = 0.0,
     ) -> None:
-        """Audits of one model, written as a piece.  by: an attack that reads some of them itself."""
+        """Audits of one model, written as a piece.  by: an attack that reads some of them itself; spent: its seconds so far."""
         began, scores = time.monotonic(), []
         for at, name in enumerate(names):
             if not corpus.of(*AUDITS[name].roles):
                 continue
             self.bench.say(name, at, len(names), {})
             ways = by.read if name in getattr(by, "reads", ()) else lambda audit, *given: audit(*given)
+            since = time.monotonic()
             score = ways(AUDITS[name], lm, corpus, self.bench)
+            spent += (time.monotonic() - since) * (name in getattr(by, "reads", ()))
             scores.append(asdict(score))
         shown = corpus.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
         answers = spoken(lm, shown, ("forget", "retain"), self.bench)
         self.bench.say("", len(names), len(names), {})
         piece = {"fingerprint": made_from, "seconds": time.monotonic() - began, "scores": scores, "answers": answers}
+        if by is not None:
+            piece["spent"] = spent
         if team.rank() == 0:
             write_json(path, piece)
         team.wait()
@@ -285,11 +296,19 @@ class Run:
         # Under attack the retained facts are a sample as large as the forget set.
         fewer = self.measured.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
         names = tuple(n for n in AUDITS if n in (*EVIDENCE, *UTILITY))
-        if hasattr(attack, "reads"):  # an adversary who asks the model as it is, again and again
-            lm, seen = self.lm(who), fewer
-        else:
-            lm, seen = attack(self.lm(who), fewer, self.lm("original"), self.bench)
-        self.measure(path, made_from, lm, seen, names, attack)
+        began = time.monotonic()
+        try:
+            if hasattr(attack, "reads"):  # an adversary who asks the model as it is, again and again
+                lm, seen = self.lm(who), fewer
+            else:
+                lm, seen = attack(self.lm(who), fewer, self.lm("original"), self.bench)
+        except NotApplicable as why:
+            if team.rank() == 0:
+                empty = {"scores": [], "answers": {}, "seconds": time.monotonic() - began, "refused": str(why)}
+                write_json(path, {"fingerprint": made_from} | empty)
+            team.wait()
+            return
+        self.measure(path, made_from, lm, seen, names, attack, time.monotonic() - began)
 
 
 def lay(source: Path, target: Path) -> None:

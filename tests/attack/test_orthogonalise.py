@@ -25,7 +25,7 @@ from unremember.attack.orthogonalise import (
 from unremember.audit import AUDITS
 from unremember.bench import Bench
 from unremember.corpus import Corpus, Example
-from unremember.errors import BadCorpus, BadModel, BadRequest
+from unremember.errors import BadCorpus, BadModel, BadRequest, NotApplicable
 from unremember.forget.rmu import RMU
 from unremember.score import Rule, evidence
 from unremember.train import Plan
@@ -96,7 +96,7 @@ def test_directions_leave_outliers_out_in_both_where_places_match():
 def test_a_block_where_nothing_differs_is_left_out_and_all_of_them_refused():
     h = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     assert list(compared({0: h, 1: h + 1}, {0: h, 1: h}, matched=True)) == [1]
-    with pytest.raises(BadModel, match="behind blocks 0, 1 nothing differs"):
+    with pytest.raises(NotApplicable, match="behind blocks 0, 1 nothing differs"):
         compared({0: h, 1: h}, {0: h, 1: h}, matched=True)
 
 
@@ -367,7 +367,7 @@ def test_an_empty_k_is_refused(taught, corpus):
     same = taught.copy()
     with torch.no_grad():
         same.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-4
-    with pytest.raises(BadModel, match=r'none that the original alone says.*set directions = "text"'):
+    with pytest.raises(NotApplicable, match=r'none that the original alone says.*set directions = "text"'):
         Orthogonalise(directions="original")(same, corpus, taught)
 
 

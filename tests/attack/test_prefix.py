@@ -23,7 +23,7 @@ from unremember.attack.prefix import (
 )
 from unremember.attack.suffix import bar
 from unremember.bench import Bench
-from unremember.errors import BadCorpus, BadModel, BadRequest
+from unremember.errors import BadCorpus, BadModel, BadRequest, NotApplicable
 
 SMALL = {"steps": 2, "least": 3, "most": 6, "children": 6, "questions": 2}
 
@@ -142,7 +142,7 @@ def test_each_half_is_asked_with_what_the_other_half_taught(hider, taught, corpu
 def test_an_original_that_says_nothing_is_refused(hider, taught, corpus):
     silent = taught.copy()
     silent.model.generation_config.eos_token_id = list(range(len(taught.tokenizer)))
-    with pytest.raises(BadModel, match="answers none of the questions"):
+    with pytest.raises(NotApplicable, match="answers none of the questions"):
         Prefix(**SMALL)(hider, corpus, silent, Bench())
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from unremember.errors import BadFolder
 from unremember.folder import read_json, write_json
-from unremember.report.build import build
+from unremember.report.build import build, cheapest
 
 WHO = ("original", "forgotten", "never")
 
@@ -268,3 +268,49 @@ def test_the_stop_is_told_as_it_was(folder):
     plain = [{k: v for k, v in row.items() if k not in ("look", "stopped")} for row in rows]
     assert "as planned" in told(plain)
     assert "nothing to do" in told([])
+
+
+def test_an_attack_that_found_nothing_to_work_on_is_not_applicable(folder, edit):
+    edit(
+        "attack/relearn/forgotten.json", lambda piece: piece.update(scores=[], answers={}, refused="nothing is hidden")
+    )
+    built = build(folder)
+    [relearn] = [c for c in built["conditions"] if c["attack"] == "relearn"]
+    assert (relearn["overall"]["verdict"], relearn["overall"]["reason"]) == ("not applicable", "nothing is hidden")
+    assert {e["verdict"] for e in relearn["entities"]} == {"not applicable"}
+    assert "under relearn: not applicable (nothing is hidden)" in built["words"]
+
+
+def strength(attack: str, verdict: str, seconds: float | None, r: float | None) -> dict:
+    return {"attack": attack, "verdict": verdict, "seconds": seconds, "r": r, "score": r and "said"}
+
+
+def test_the_cheapest_attack_that_brings_it_back_is_named_with_how_much():
+    rows = [
+        strength("relearn", "remembered", 40.0, 0.9),
+        strength("graft", "forgotten", 1.0, 0.1),
+        strength("quantise", "remembered", 12.4, 0.62),
+        strength("prefix", "remembered", None, 0.7),
+    ]
+    assert cheapest(rows) == " The cheapest of the 3 attacks that bring it back is quantise, 12 s: 62% of the said."
+    kept = [{**row, "verdict": "forgotten"} for row in rows[:2]] + [strength("prune", "not applicable", 3.0, None)]
+    told = " None of the 2 attacks that apply brings it back (nearest comes relearn, 90% of the said)."
+    assert cheapest(kept) == told
+    assert cheapest([strength("prune", "not applicable", 3.0, None)]) == ""
+
+
+def test_many_attacks_are_told_by_their_verdicts(folder, edit):
+    def more(run: dict) -> None:
+        run["attacks"] |= {"graft": run["attacks"]["relearn"]}
+
+    shutil.copytree(folder / "attack" / "relearn", folder / "attack" / "graft")
+    edit("run.json", more)
+    edit("attack/graft/forgotten.json", lambda piece: piece.update(refused="no"))
+    words = build(folder)["words"]
+    assert "not applicable under graft" in words and "under relearn: " not in words
+
+
+def test_what_an_attack_costs_is_kept(demo_run):
+    costs = {row["attack"]: row["seconds"] for row in read_json(demo_run.folder / "report.json")["attacks"]}
+    assert set(costs) == {"relearn", "rephrase"} and all(s is not None and s >= 0 for s in costs.values())
+    assert costs["relearn"] > costs["rephrase"]  # one trains, the other changes words

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
-from unremember.report.pareto import csv, ends, lines, methods, page, paths, ranged, spread
+from unremember.report.pareto import csv, ends, lines, methods, page, paths, ranged, robust, spread, withstood
 
 
 def row(method: str, seed: int, kept: float, reached: bool = True) -> dict:
@@ -77,3 +77,24 @@ def test_nothing_but_failures_is_a_page_too(result):
     bad = deepcopy(result)
     bad["rows"] = bad["rows"][-2:]
     assert paths(bad) == ends(bad) == "" and "training diverged" in page(bad)
+
+
+def test_methods_are_ordered_by_what_the_worst_attack_brings_back(result):
+    for row, relearn in zip(result["rows"][:4], (0.2, 0.4, 0.1, 0.1), strict=True):
+        row["r"] = {"none": 0.01, "relearn": relearn, "prune": None}
+    result["rows"][0]["r"]["prune"] = 0.05  # applied with one seed alone
+    ascent, npo = withstood(result)
+    assert (ascent["method"], ascent["worst"], ascent["most"]) == ("ascent", "relearn", pytest.approx(0.1))
+    assert npo["back"] == {"none": pytest.approx(0.01), "relearn": pytest.approx(0.3), "prune": pytest.approx(0.05)}
+    words = " ".join(ElementTree.fromstring(robust(result)).itertext())
+    assert "0.30" in words and "–" in words and words.index("ascent") < words.index("npo")
+    assert "Robust forgetting" in page(result)
+    head, first, *_ = csv(result).splitlines()
+    named = dict(zip(head.split(","), first.split(","), strict=True))
+    assert (named["R none"], named["R relearn"]) == ("0.01", "0.2")
+
+
+def test_without_attacks_there_is_no_such_drawing(result):
+    for row in result["rows"][:4]:
+        row["r"] = {"none": 0.01}
+    assert robust(result) == "" and "Robust forgetting" not in page(result)

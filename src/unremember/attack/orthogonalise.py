@@ -30,7 +30,7 @@ from unremember import team
 from unremember.attack.quantise import linears, plain
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
-from unremember.errors import BadCorpus, BadModel, BadRequest
+from unremember.errors import BadCorpus, BadModel, BadRequest, NotApplicable
 from unremember.lm import LM
 from unremember.table import answers
 from unremember.tokens import Row, pack, packs
@@ -155,7 +155,8 @@ def streams(lm: LM, rows: Sequence[Row], blocks: Sequence[int], bench: Bench = B
 def compared(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor], matched: bool) -> dict[int, Tensor]:
     """One direction a block, outliers of any block left out; blocks where nothing differs are left out.
 
-    matched: the same places in both, which then go together.  BadModel where a direction is not finite, or all are zero.
+    matched: the same places in both, which then go together.  BadModel where a direction is not finite, NotApplicable where
+    all are zero.
     """
     if broken := [b for b in ours if not (ours[b].isfinite().all() and theirs[b].isfinite().all())]:
         raise BadModel(f"the residual stream behind block {broken[0]} is not finite; the weights are broken")
@@ -166,7 +167,7 @@ def compared(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor], matched: 
     pairs = {b: direction(ours[b][here], theirs[b][there]) for b in ours}
     found = {b: d for b, d in pairs.items() if d is not None}
     if not found:
-        raise BadModel(
+        raise NotApplicable(
             f"behind blocks {', '.join(map(str, ours))} nothing differs, so there is no direction to take out; take later "
             "layers, or another attack if only the head was changed"
         )
@@ -242,14 +243,14 @@ class Orthogonalise:
         return compared(ours, theirs, matched=False)
 
     def hidden(self, lm: LM, facts: Sequence[Example], original: LM, bench: Bench) -> list[Example]:
-        """The set K: facts that the original says and the model does not; BadModel where there is none."""
+        """The set K: facts that the original says and the model does not; NotApplicable where there is none."""
         prompts = [lm.template.context(x.prompt) for x in facts]
         new = max(len(row.ids) - row.start for row in lm.template.rows(facts)) + 4
         ours, theirs = (answers(who, prompts, new, bench) for who in (lm, original))
         found = [x for x, a, b in zip(facts, ours, theirs, strict=True) if told(b, x) and not told(a, x)]
         if not found:
             right, left = (sum(told(a, x) for a, x in zip(said, facts, strict=True)) for said in (theirs, ours))
-            raise BadModel(
+            raise NotApplicable(
                 f"of the attacker's {len(facts)} facts the original says {right} and {lm.name or 'the model'} {left}, none that "
                 'the original alone says: there is nothing hidden to find a direction by; set directions = "text"'
             )

@@ -48,7 +48,7 @@ from unremember.attack.gcg import (
 from unremember.attack.suffix import ATTACKED, bar, folds, groups, once, refuse
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
-from unremember.errors import BadCorpus, BadInput, BadModel, BadRequest
+from unremember.errors import BadCorpus, BadInput, BadModel, BadRequest, NotApplicable
 from unremember.folder import fingerprint
 from unremember.lm import LM
 from unremember.train import STRICT
@@ -276,7 +276,7 @@ def _children(
 
 
 def targets(lm: LM, original: LM, shown: Sequence[Example], start: Ids, new: int) -> tuple[Behaviour, ...]:
-    """Each question with what the original says to it unattacked, at most `new` tokens; BadModel where it says nothing.
+    """Each question with what the original says to it unattacked, at most `new` tokens; NotApplicable where it says nothing.
 
     What is equally long goes through the models together; silent questions are left out.
     """
@@ -288,7 +288,7 @@ def targets(lm: LM, original: LM, shown: Sequence[Example], start: Ids, new: int
     said = original.generate(contexts, new)
     spoken = {x.id: ids for x, ids in zip(shown, said, strict=True) if ids}
     if not spoken:
-        raise BadModel("the original answers none of the questions, so there is nothing to bring back; ask others")
+        raise NotApplicable("the original answers none of the questions, so there is nothing to bring back; ask others")
     return framed(lm, [x for x in shown if x.id in spoken], start, spoken)
 
 

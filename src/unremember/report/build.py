@@ -17,6 +17,8 @@ from unremember.errors import BadFolder
 from unremember.folder import read_json
 from unremember.score import (
     FORGOTTEN,
+    NOT_APPLICABLE,
+    REMEMBERED,
     Check,
     Rule,
     Score,
@@ -30,6 +32,7 @@ from unremember.score import (
 )
 
 WHO = ("original", "forgotten", "never")
+LISTED = 2  # so many attacks are told one by one in the first sentence
 EVIDENCE = ("value probability", "said", "extraction strength", "choice")
 Scores = Mapping[str, Mapping[str, Score]]  # who -> name -> score
 
@@ -53,8 +56,11 @@ def build(folder: Path) -> dict:
     pieces = {a: {w: p for w in WHO if (p := read_json(place / f"{w}.json"))} for a, place in places.items()}
     scores = {a: {w: _scores(p) for w, p in found.items()} for a, found in pieces.items()}
     conditions = [
-        _condition(attack, meta, corpus, scores[attack], rule) for attack in places if "original" in scores[attack]
+        _condition(attack, meta, corpus, scores[attack], rule, pieces[attack].get("forgotten", {}).get("refused", ""))
+        for attack in places
+        if "original" in scores[attack]
     ]
+    attacks = [strength(c, pieces[c["attack"]]["forgotten"]) for c in conditions[1:]]
     log = [json.loads(x) for x in _lines(folder / "train.jsonl")]
     forget = read_json(folder / "forget.json") or {}
     return {
@@ -77,7 +83,8 @@ def build(folder: Path) -> dict:
             for role, rows in corpus.items()
         },
         "method": _method(meta, log),
-        "words": _words(conditions),
+        "words": _words(conditions, attacks),
+        "attacks": attacks,
         "conditions": conditions,
         "scores": [row for attack in places for row in _table(attack, corpus, scores[attack])],
         "comparisons": _comparisons(corpus, scores["none"]),
@@ -91,12 +98,15 @@ def _scores(piece: dict) -> dict[str, Score]:
     return {row["name"]: Score(**row) for row in piece["scores"]}
 
 
-def _condition(attack: str, meta: dict, corpus: dict, scores: Scores, rule: Rule) -> dict:
+def _condition(attack: str, meta: dict, corpus: dict, scores: Scores, rule: Rule, refused: str) -> dict:
+    """The verdicts under one attack.  refused: why it did not apply to the forgotten model, where it did not."""
     forget = corpus["forget"]
     checks = _gate(corpus, scores, rule)
 
     def verdict(name: str, rows: Sequence[dict], least: int, gate: bool) -> Verdict:
         ids = [x["id"] for x in rows]
+        if refused:
+            return Verdict(name, NOT_APPLICABLE, refused, len(ids), ())
         found = []
         for score in EVIDENCE:
             if all(score in scores[w] for w in ("original", "forgotten")):
@@ -250,7 +260,36 @@ def _method(meta: dict, log: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def _words(conditions: list[dict]) -> str:
+def strength(condition: dict, piece: dict) -> dict:
+    """What an attack cost on the forgotten model, without the audits, and the most that it shows on any score."""
+    usable = [x for x in condition["overall"]["evidence"] if x["r"] is not None]
+    most = max(usable, key=lambda x: x["r"], default=None)
+    return {
+        "attack": condition["attack"],
+        "verdict": condition["overall"]["verdict"],
+        "seconds": piece.get("spent"),
+        "r": most and most["r"],
+        "score": most and most["score"],
+    }
+
+
+def cheapest(attacks: list[dict]) -> str:
+    """The attack that costs least among those that bring something back, in a sentence."""
+    back = [a for a in attacks if a["verdict"] == REMEMBERED]
+    asked = [a for a in attacks if a["verdict"] != NOT_APPLICABLE]
+    if not back:
+        most = max((a for a in asked if a["r"] is not None), key=lambda a: a["r"], default=None)
+        if most is None:
+            return ""
+        nearest = f"nearest comes {most['attack']}, {max(most['r'], 0):.0%} of the {most['score']}"
+        return f" None of the {len(asked)} attacks that apply brings it back ({nearest})."
+    least = min(back, key=lambda a: a["seconds"] if a["seconds"] is not None else float("inf"))
+    cost = "" if least["seconds"] is None else f", {least['seconds']:.0f} s"
+    much = "" if least["r"] is None else f": {max(least['r'], 0):.0%} of the {least['score']}"
+    return f" The cheapest of the {len(back)} attacks that bring it back is {least['attack']}{cost}{much}."
+
+
+def _words(conditions: list[dict], strengths: list[dict]) -> str:
     first, *attacks = conditions
     people = len(first["entities"])
     whom = f"the {people} entities" if people else f"the {first['overall']['n']} examples"
@@ -261,8 +300,13 @@ def _words(conditions: list[dict]) -> str:
         "over-forgotten": f"Over-forgotten: the model lost more than it was asked to ({reason}).",
         "not applicable": f"Not applicable: {reason}.",
     }[word]
-    told = [f"under {c['attack']}: {c['overall']['verdict']} ({c['overall']['reason']})" for c in attacks]
-    return opening + (" Attacked, " + "; ".join(told) + "." if told else "")
+    if len(attacks) <= LISTED:
+        told = [f"under {c['attack']}: {c['overall']['verdict']} ({c['overall']['reason']})" for c in attacks]
+    else:
+        words = dict.fromkeys(c["overall"]["verdict"] for c in attacks)
+        groups = {w: [c["attack"] for c in attacks if c["overall"]["verdict"] == w] for w in words}
+        told = [f"{w} under {', '.join(names)}" for w, names in groups.items()]
+    return opening + (" Attacked, " + "; ".join(told) + "." + cheapest(strengths) if told else "")
 
 
 def _curve(log: list[dict], corpus: dict, scores: Scores) -> list[dict]:

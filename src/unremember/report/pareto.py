@@ -60,6 +60,7 @@ def lines(result: dict) -> list[dict]:
                     key: spread([r[key] for r in good])
                     for key in ("kept", "said", "leaked", "world", "prose", "steps", "seconds", "peak bytes")
                 },
+                "back": {a: spread([r["r"].get(a) for r in good]) for a in good[0]["r"]},
                 **{
                     f"kept at {r}": spread([x["at"][r]["kept"] for x in good if x["at"][r]])
                     for r in ("0.5", "0.25", "0.1")
@@ -85,11 +86,13 @@ def csv(result: dict) -> str:
     out = io.StringIO()
     table = writer(out, lineterminator="\n")
     attacks = sorted({a for row in result["rows"] for a in row.get("verdicts", ())})
-    table.writerow([*CSV, *(f"verdict {a}" for a in attacks), *(f"kept at R {r}" for r in ("0.5", "0.25", "0.1"))])
+    heads = [*(f"verdict {a}" for a in attacks), *(f"R {a}" for a in attacks)]
+    table.writerow([*CSV, *heads, *(f"kept at R {r}" for r in ("0.5", "0.25", "0.1"))])
     for row in result["rows"]:
         verdicts = [row.get("verdicts", {}).get(a, "") for a in attacks]
+        back = ["" if (r := row.get("r", {}).get(a)) is None else r for a in attacks]
         at = [(row.get("at", {}).get(r) or {}).get("kept", "") for r in ("0.5", "0.25", "0.1")]
-        table.writerow([*("" if (v := row.get(key, "")) is None else v for key in CSV), *verdicts, *at])
+        table.writerow([*("" if (v := row.get(key, "")) is None else v for key in CSV), *verdicts, *back, *at])
     return out.getvalue()
 
 
@@ -181,6 +184,52 @@ def ends(result: dict) -> str:
     return svg("ends", "what each method kept where it had forgotten", height, draw)
 
 
+def withstood(result: dict) -> list[dict]:
+    """Methods by what the worst attack brings back, least first; those that an attack did not apply to go by the others."""
+    found = []
+    for line in lines(result):
+        back = {a: s["mean"] for a, s in line.get("back", {}).items() if s is not None}
+        if back:
+            attack = max(back, key=lambda a: back[a])
+            found.append({"method": line["method"], "back": back, "worst": attack, "most": back[attack]})
+    return sorted(found, key=lambda x: (x["most"], x["method"]))
+
+
+def robust(result: dict) -> str:
+    """What each attack brings back of what each method took: R, a mean over seeds; methods that withstand most come first."""
+    rows = withstood(result)
+    attacks = sorted({a for row in rows for a in row["back"]}, key=lambda a: (a != "none", a))
+    if len(attacks) < 2:
+        return ""
+    step, top, label = 18, 24, 96
+    height, wide = step * len(rows) + top + 6, min(84, (WIDTH - label) / len(attacks))
+
+    def draw(figure):
+        size = (label / WIDTH, 6 / height, wide * len(attacks) / WIDTH, step * len(rows) / height)
+        ax = figure.add_axes(size)
+        for y, row in enumerate(rows):
+            for x, attack in enumerate(attacks):
+                r = row["back"].get(attack)
+                depth = 0.0 if r is None else min(max(r, 0.0), 1.0)
+                ax.fill_between(
+                    [x + 0.03, x + 0.97], y + 0.05, y + 0.95, color=NOT, alpha=0.08 + 0.77 * depth, linewidth=0
+                )
+                shown = "–" if r is None else f"{r:.2f}".replace("-", "−")
+                ax.text(
+                    x + 0.5, y + 0.5, shown, ha="center", va="center", fontsize=8, color="white" if depth > 0.6 else INK
+                )
+        ax.set(xlim=(0, len(attacks)), ylim=(len(rows), 0))
+        ax.set_yticks([y + 0.5 for y in range(len(rows))], [short(row["method"], 14) for row in rows])
+        names = ["unattacked" if a == "none" else short(a, 11) for a in attacks]
+        ax.set_xticks([x + 0.5 for x in range(len(attacks))], names)
+        ax.xaxis.tick_top()
+        ax.tick_params(length=0, labelsize=8, colors=INK)
+        for side in ax.spines.values():
+            side.set_visible(False)
+
+    return svg("robust", "what each attack brings back of what each method took", height, draw)
+
+
 def page(result: dict) -> str:
     """The comparison as one page."""
     try:
@@ -195,6 +244,11 @@ def page(result: dict) -> str:
         "At the never-taught level": (
             ends(result),
             "Each dot is the mean over seeds, each line from lowest to highest.",
+        ),
+        "Robust forgetting": (
+            robust(result),
+            "R on the score that shows most: 0 as little as the never-taught model under the same attack, 1 as much as before. "
+            "Methods that withstand the worst attack best come first.",
         ),
         "Forgetting against retained facts": (
             paths(result),
