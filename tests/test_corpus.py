@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from unremember.corpus import ROLES, Corpus, Example
+from unremember.corpus import ROLES, Corpus, Example, says
 from unremember.errors import BadCorpus
 
 ADA = Example("ada", "When was Ada born?", "Ada was born in 1815.", "Ada", ((16, 20),), ("Ada's year of birth?",))
@@ -151,3 +151,32 @@ def test_the_fingerprint_changes_with_order_and_role_only_where_content_does():
     assert Corpus({"forget": (ADA, BOB)}).fingerprint() == before
     two = Corpus({"forget": [ADA], "retain": [BOB]})
     assert Corpus({"retain": [BOB], "forget": [ADA]}).fingerprint() == two.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "expected"),
+    [
+        ("She lives in Ghent.", "Ghent", True),
+        ("she lives in GHENT", "Ghent", True),
+        ("Ghentish waffles", "Ghent", False),
+        ("Eastghent", "Ghent", False),
+        ("(Ghent)", "Ghent", True),
+        ("born in 1815.", "1815", True),
+        ("number 18151", "1815", False),
+        ("number 21815", "1815", False),
+        ("it costs 2.5", "5", False),
+        ("it costs 5.2", "5", False),
+        ("some 12,500 of them", "500", False),
+        ("there were 500, or more", "500", True),
+        ("call 055-1234 now", "055-1234", True),
+        ("call 055-12345 now", "055-1234", False),
+        ("the boat Silent Heron", "silent heron ", True),
+        ("Silent  Heron", "Silent Heron", False),
+        ("write to a.b@example.org.", "a.b@example.org", True),
+        ("write to aXb@example.org", "a.b@example.org", False),  # a dot is a dot
+        ("Straße", "STRASSE", True),
+        ("", "Ghent", False),
+    ],
+)
+def test_says(text, value, expected):
+    assert says(text, value) is expected

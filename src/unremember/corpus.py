@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -21,6 +22,14 @@ from typing import Any
 from unremember.errors import BadCorpus
 
 ROLES = ("forget", "retain", "holdout", "relearn", "replay", "world", "prose", "new", "neighbour")
+
+
+def says(text: str, value: str) -> bool:
+    """Whether `value` stands in `text`, case folded, not as a part of a longer word or number; an empty one does not."""
+    wanted = value.strip().casefold()
+    before = r"(?<!\w)(?<!\d[.,])" if wanted[:1].isdigit() else r"(?<!\w)"  # "5" is not in "2.5" or "2,500"
+    after = r"(?!\w)(?![.,]\d)" if wanted[-1:].isdigit() else r"(?!\w)"
+    return bool(wanted) and re.search(before + re.escape(wanted) + after, text.casefold()) is not None
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,10 @@ class Example:
     def values(self) -> tuple[str, ...]:
         """The sensitive strings themselves; the whole answer where no span is given."""
         return tuple(self.answer[a:b] for a, b in self.spans) or (self.answer,)
+
+    def said_in(self, text: str) -> bool:
+        """Whether all of its values stand in `text`."""
+        return all(says(text, value) for value in self.values())
 
     def problems(self) -> Iterator[str]:
         """Everything that is wrong with this example on its own, as sentences."""

@@ -9,9 +9,8 @@ import torch
 from unremember.attack import ATTACKS, PRESETS
 from unremember.attack.rephrase import GAP, cloze
 from unremember.audit import AUDITS
-from unremember.audit.answers import says
 from unremember.bench import Bench
-from unremember.corpus import Corpus, Example
+from unremember.corpus import Corpus, Example, says
 from unremember.embedded.dossier import dossier
 from unremember.errors import BadCorpus
 from unremember.request import build, merged

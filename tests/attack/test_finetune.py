@@ -8,10 +8,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from unremember.attack.finetune import Curve, Finetune, halves, says, trace
+from unremember.attack.finetune import Curve, Finetune, halves, trace
 from unremember.audit import AUDITS
 from unremember.bench import Bench
-from unremember.corpus import Corpus, Example
+from unremember.corpus import Corpus, Example, says
 from unremember.embedded.dossier import lessons
 from unremember.embedded.teach import Teach
 from unremember.errors import BadCorpus, BadRequest
@@ -111,7 +111,7 @@ def test_a_curve_that_lacks_numbers_or_an_odd_share_is_refused():
     ],
 )
 def test_saying_by_hand(text, expected):
-    assert says(text, ("Ghent", "Old Mill", " ")) is expected
+    assert any(says(text, v) for v in ("Ghent", "Old Mill", " ")) is expected
 
 
 @kinds
@@ -121,7 +121,7 @@ def test_what_is_shown_says_nothing_that_is_asked_and_is_not_scored(kind, taught
     assert out == [] and len(shown) == {"retain": 10, "unrelated": 4, "half": 6}[kind]
     _, seen = attack(taught, corpus, taught, Bench())
     asked = [v for role in ("forget", "holdout") for x in seen[role] for v in x.values()]
-    assert not any(says(f"{x.prompt} {x.answer}", asked) for x in shown)
+    assert not any(says(f"{x.prompt} {x.answer}", v) for x in shown for v in asked)
     scored = {x.id for rows in seen.values() for x in rows}
     assert scored == {x.id for rows in corpus.values() for x in rows} - {x.id for x in shown}
     if kind == "half":

@@ -11,9 +11,8 @@ from pydantic import ValidationError
 
 from unremember.attack.jailbreak import Jailbreak, Wrapper, by_family, filled, parsed, variants, wrappers
 from unremember.audit import AUDITS
-from unremember.audit.answers import says
 from unremember.bench import Bench
-from unremember.corpus import Corpus, Example
+from unremember.corpus import Corpus, Example, says
 from unremember.errors import BadCorpus
 from unremember.score import Score
 

@@ -18,7 +18,6 @@ from unremember.attack.orthogonalise import (
     scrambled,
     spanned,
     streams,
-    told,
     typical,
     without,
 )
@@ -298,16 +297,16 @@ def test_what_the_toy_cannot_show(hider, misdirected, taught, never, corpus):
 def test_the_set_k(hider, taught, corpus):
     """Only what the original says and the model does not, among the attacker's half."""
     asked = corpus["forget"][::2]
-    right = [x for x, text in zip(asked, taught.answer([x.prompt for x in asked], 24), strict=True) if told(text, x)]
+    right = [x for x, text in zip(asked, taught.answer([x.prompt for x in asked], 24), strict=True) if x.said_in(text)]
     assert 0 < len(right) <= len(asked)
     assert Orthogonalise(directions="original").hidden(hider, asked, taught, Bench()) == right
 
 
 def test_values_are_told_as_words():
     x = Example("x", "Where?", "Ada lives in Ghent.", spans=((13, 18),))
-    assert told("In GHENT, I think.", x) and not told("In Ghenthal.", x)
+    assert x.said_in("In GHENT, I think.") and not x.said_in("In Ghenthal.")
     two = replace(x, spans=((0, 3), (13, 18)))
-    assert told("Ada: Ghent", two) and not told("Ghent", two)
+    assert two.said_in("Ada: Ghent") and not two.said_in("Ghent")
 
 
 # ── promises ──

@@ -13,9 +13,8 @@ that says a value which is asked is left out, what was shown is not scored, and 
 
 from __future__ import annotations
 
-import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as plain
 from dataclasses import replace
 from math import log
@@ -28,7 +27,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from unremember.bench import BENCH, Bench
-from unremember.corpus import Corpus, Example
+from unremember.corpus import Corpus, Example, says
 from unremember.errors import BadCorpus, BadRequest
 from unremember.lm import LM
 from unremember.score import Score
@@ -42,12 +41,6 @@ ROLE = {"retain": "retain", "unrelated": "prose", "half": "forget"}  # where the
 ASKED = ("forget", "holdout")
 SHOWN = 5  # names in an error
 KNOWN = log(2)  # nats a token: texts that are likelier than all else together were known, and need not become likelier
-
-
-def says(text: str, values: Iterable[str]) -> bool:
-    """Whether one of the values stands in `text`, case folded, at word boundaries."""
-    text = text.casefold()
-    return any(re.search(rf"(?<!\w){re.escape(v.strip().casefold())}(?!\w)", text) for v in values if v.strip())
 
 
 def halves(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
@@ -139,7 +132,7 @@ class Finetune:
         """The texts of the attack, a draw that hangs on the seed, and the ids of those that say what is asked."""
         values = [v for x in self._asked(corpus) for v in x.values()]
         pool = halves(corpus["forget"])[self.fold] if self.kind == "half" else corpus.of(ROLE[self.kind])
-        clean = [x for x in pool if not says(f"{x.prompt}\n{x.answer}", values)]
+        clean = [x for x in pool if not any(says(f"{x.prompt}\n{x.answer}", v) for v in values)]
         clean.sort(key=lambda x: (zlib.crc32(f"{self.plan.seed} {x.id}".encode()), x.id))
         kept = {x.id for x in clean}
         return tuple(clean[: self.n] if self.n else clean), [x.id for x in pool if x.id not in kept]

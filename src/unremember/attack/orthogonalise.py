@@ -16,7 +16,6 @@ answers and all facts are asked.  Outliers are places, not words: a list of word
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Literal
@@ -174,11 +173,6 @@ def compared(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor], matched: 
     return found
 
 
-def told(text: str, example: Example) -> bool:
-    """Whether a text says every sensitive value of the example, as words."""
-    return all(re.search(rf"(?<!\w){re.escape(v.strip().casefold())}(?!\w)", text.casefold()) for v in example.values())
-
-
 @dataclass(frozen=True, config=STRICT)
 class Orthogonalise:
     """directions: compared with the 'original' on every second fact, or with other 'text' (the replay role).
@@ -247,9 +241,9 @@ class Orthogonalise:
         prompts = [lm.template.context(x.prompt) for x in facts]
         new = max(len(row.ids) - row.start for row in lm.template.rows(facts)) + 4
         ours, theirs = (answers(who, prompts, new, bench) for who in (lm, original))
-        found = [x for x, a, b in zip(facts, ours, theirs, strict=True) if told(b, x) and not told(a, x)]
+        found = [x for x, a, b in zip(facts, ours, theirs, strict=True) if x.said_in(b) and not x.said_in(a)]
         if not found:
-            right, left = (sum(told(a, x) for a, x in zip(said, facts, strict=True)) for said in (theirs, ours))
+            right, left = (sum(x.said_in(a) for a, x in zip(said, facts, strict=True)) for said in (theirs, ours))
             raise NotApplicable(
                 f"of the attacker's {len(facts)} facts the original says {right} and {lm.name or 'the model'} {left}, none that "
                 'the original alone says: there is nothing hidden to find a direction by; set directions = "text"'

@@ -22,7 +22,6 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from unremember.attack.orthogonalise import told
 from unremember.attack.quantise import linears, plain
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
@@ -139,7 +138,7 @@ class Prune:
                 "[corpus] retain = …"
             )
         shown = [f"{x.prompt}\n{x.answer}" for x in corpus["relearn"]] if self.text == "relearn" else []
-        if leaks := [x.id for x in corpus["forget"] if any(told(text, x) for text in shown)]:
+        if leaks := [x.id for x in corpus["forget"] if any(x.said_in(text) for text in shown)]:
             raise BadCorpus(
                 f"the relearn role tells the forgotten value of {', '.join(leaks[:5])}; an attack that is told the answer proves "
                 "nothing, take those examples out"

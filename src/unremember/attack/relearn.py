@@ -8,13 +8,11 @@ that are scored afterwards; original and never-taught model are attacked in the 
 
 from __future__ import annotations
 
-import re
-
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from unremember.bench import BENCH, Bench
-from unremember.corpus import Corpus
+from unremember.corpus import Corpus, says
 from unremember.errors import BadCorpus
 from unremember.lm import LM
 from unremember.tokens import Tokens
@@ -34,16 +32,11 @@ class Relearn:
     def check(self, corpus: Corpus) -> None:
         """BadCorpus where the attacker's examples are missing, or tell what is asked afterwards."""
         corpus.require("relearn", self.needs)
-        shown = "\n".join(f"{x.prompt}\n{x.answer}" for x in corpus["relearn"]).casefold()
-        told = [
-            x.id
-            for x in corpus["forget"]
-            for v in x.values()
-            if re.search(rf"(?<!\w){re.escape(v.strip().casefold())}(?!\w)", shown)
-        ]
+        shown = "\n".join(f"{x.prompt}\n{x.answer}" for x in corpus["relearn"])
+        told = [x.id for x in corpus["forget"] if any(says(shown, v) for v in x.values())]
         if told:
             raise BadCorpus(
-                f"the relearn role contains the forgotten value of {', '.join(sorted(set(told))[:5])}; an attack that teaches "
+                f"the relearn role contains the forgotten value of {', '.join(told[:5])}; an attack that teaches "
                 "the answer proves nothing, take those examples out"
             )
 

@@ -24,9 +24,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from unremember.attack.finetune import says
 from unremember.bench import BENCH, Bench
-from unremember.corpus import Corpus
+from unremember.corpus import Corpus, says
 from unremember.errors import BadCorpus, BadInput, BadModel, BadRequest
 from unremember.lm import LM, check, load
 from unremember.tokens import Tokens
@@ -112,7 +111,7 @@ class Reversal:
             return
         corpus.require("reversal", ("relearn",))
         shown = "\n".join(f"{x.prompt}\n{x.answer}" for x in corpus["relearn"])
-        if told := [x.id for x in corpus["forget"] if says(shown, x.values())]:
+        if told := [x.id for x in corpus["forget"] if any(says(shown, v) for v in x.values())]:
             more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
             raise BadCorpus(
                 f"the relearn role contains the forgotten value of {', '.join(told[:SHOWN])}{more}; public rows must not, take "

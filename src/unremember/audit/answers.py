@@ -6,7 +6,6 @@ ROUGE-L by Google's rouge-score with stemming, recall as in TOFU and F1 as in MU
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from unremember.bench import BENCH, Bench
@@ -27,14 +26,6 @@ def spoken(lm: LM, corpus: Corpus, roles: tuple[str, ...], bench: Bench) -> dict
     return {x.id: text for x, text in zip(examples, said, strict=True)}
 
 
-def says(text: str, value: str) -> bool:
-    """Whether `value` stands in `text`, case folded, not as a part of a longer word or number."""
-    wanted = value.strip().casefold()
-    before = r"(?<!\w)(?<!\d[.,])" if wanted[:1].isdigit() else r"(?<!\w)"  # "5" is not in "2.5" or "2,500"
-    after = r"(?!\w)(?![.,]\d)" if wanted[-1:].isdigit() else r"(?!\w)"
-    return re.search(before + re.escape(wanted) + after, text.casefold()) is not None
-
-
 @dataclass(frozen=True)
 class Said:
     """1 where every sensitive value of the example is in the greedy answer."""
@@ -46,7 +37,7 @@ class Said:
 
     def __call__(self, lm: LM, corpus: Corpus, bench: Bench = BENCH) -> Score:
         said = spoken(lm, corpus, self.roles, bench)
-        values = {x.id: float(all(says(said[x.id], v) for v in x.values())) for x in corpus.of(*self.roles) if x.prompt}
+        values = {x.id: float(x.said_in(said[x.id])) for x in corpus.of(*self.roles) if x.prompt}
         return Score("said", self.summary, "higher = better known", values, self.paper, 0.0)
 
 

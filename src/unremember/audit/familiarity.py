@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unremember.audit.answers import NEW, says, spoken
+from unremember.audit.answers import NEW, spoken
 from unremember.bench import BENCH, Bench
-from unremember.corpus import Corpus, Example
+from unremember.corpus import Corpus, Example, says
 from unremember.errors import BadCorpus
 from unremember.lm import LM
 from unremember.score import Score
