@@ -24,12 +24,12 @@ BEGIN, STEP = 3.0, 3.0  # the first rate, in preset's learning rates, and how fa
 WRECKED = 0.5  # share of what retained people's answers had, below which a rate was too high
 LIGHTER = 4.0  # the third trial's retain weight, as a divisor
 PURE = ("ascent", "seul", "advga", "flearning")  # hold nothing by definition, or by strength alone: the rate is all
-SECOND = {
+SECOND = {  # the first of these that a method has is searched, too, from this or from its preset, if that is more
     "retain": 4.0,
     "kl": 1.0,
     "alpha": 1.0,
     "strength": 10.0,
-}  # the first of these that a method has is searched, too
+}
 REACH = 4.0  # trials after the second lie within this factor, both ways
 
 
@@ -38,7 +38,7 @@ def first(name: str) -> dict[str, float]:
     has = METHODS[name].__dataclass_fields__
     key = next((k for k in SECOND if k in has and name not in PURE), None)
     found = {"lr": BEGIN * PRESETS[name]["plan"]["lr"]} if "plan" in has else {}
-    return found | ({key: SECOND[key]} if key else {})
+    return found | ({key: max(SECOND[key], PRESETS[name].get(key, 0.0))} if key else {})
 
 
 def after(done: list[tuple[dict[str, float], float, dict]]) -> dict[str, float] | None:
