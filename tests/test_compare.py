@@ -11,7 +11,7 @@ from unremember.bench import Bench
 from unremember.corpus import Corpus
 from unremember.embedded.world import world
 from unremember.errors import BadRequest, Diverged
-from unremember.folder import read_json
+from unremember.folder import claim, read_json, write_json
 from unremember.forget import METHODS
 
 RAW = {
@@ -72,6 +72,25 @@ def test_a_second_comparison_makes_nothing_again_and_a_change_only_what_it_touch
         room.compare(other, Bench(), lambda _: None, inside=True)
         raise ValueError
     assert titles == ["wga"]
+
+
+def test_rows_stand_for_folders_that_are_gone_and_calls_add_up(done, monkeypatch, tmp_path):
+    """From compare.json alone, in another place: nothing is taught or made again; another method alone is asked for."""
+    _, result, _ = done
+    out = tmp_path / "elsewhere"
+    out.mkdir()
+    claim(out)
+    write_json(out / "compare.json", result)
+    again = room.checked(raw(compare=RAW["compare"] | {"out": str(out)}))
+    made: list[tuple[str, ...]] = []
+    monkeypatch.setattr(room, "prepared", lambda whole, methods, *_: made.append(tuple(methods)) or [])
+    assert room.compare(again, Bench(), inside=True)["rows"] == result["rows"] and not made
+    with pytest.raises(KeyError):  # nothing was made, so there is no row
+        room.compare(room.checked(raw(compare=again.raw["compare"] | {"methods": ["wga", "simnpo"]})), inside=True)
+    assert made == [("simnpo",)]
+    changed = room.checked({**again.raw, "method": {"wga": {"alpha": 1.0}}})
+    kept = {row["method"] for row in result["rows"] if changed.fits(row)}
+    assert kept == {"npo"} and not again.fits({**result["rows"][0], "seed": 1})
 
 
 def test_a_method_that_fails_is_a_row_that_says_so(done, monkeypatch, tmp_path):

@@ -7,7 +7,8 @@ way a method lost it; never two methods after equally many steps.
     OUT/compare.json  compare.csv  compare.html  seed-N/original/ (audits shared by all)  seed-N/METHOD/ (an ordinary run folder)
 
 Every METHOD folder is made once: an interrupted comparison goes on where it stopped, and a changed setting redoes what
-depends on it.
+depends on it.  compare.json grows row by row.  A row there stands for its folder where that is gone, so that weights may be
+deleted, methods and seeds be done in several calls, and a comparison be carried on from its one small file on another machine.
 """
 
 from __future__ import annotations
@@ -99,6 +100,28 @@ class Comparison:
         p = self.people or People()
         return dossier(seed, p.forget, p.retain, p.holdout, p.relearn).with_roles(prose=prose())
 
+    def place(self, method: str, seed: int) -> Path:
+        """The run folder of one method and seed."""
+        return self.out / f"seed-{seed}" / method
+
+    def key(self, method: str, seed: int) -> str:
+        """What a row depends on, said without the places of files, so that it is the same on another machine."""
+        corpus, model = self.corpus(seed), self.raw["model"]
+        some = corpus.with_roles(world=corpus.of("world") or world()[:1])
+        r = self.request(method, seed, some, model["name"], model.get("control", ""), "auto")
+        how = (r.method, r.locator, r.budget, r.lora, r.sites, r.chunks, r.attacks, r.rule)
+        on = (model, self.teach, self.settings.worlds, self.settings.watch, seed)
+        return fingerprint(repr(how), repr(on), corpus.fingerprint())
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of an earlier call is one that this comparison would make."""
+        if row["failed"] or row["method"] not in METHODS:
+            return False
+        try:
+            return row.get("key") == self.key(row["method"], row["seed"])
+        except BadInput:  # a method that these settings do not allow
+            return False
+
     def request(self, method: str, seed: int, corpus: Corpus, model: str, control: str, precision: str) -> Request:
         """The ordinary request of one method and seed."""
         own = dict(self.raw.get("method", {}).get(method, {}))
@@ -106,7 +129,7 @@ class Comparison:
         common = {k: v for k, v in self.raw.get("forget", {}).items() if _takes(method, k)}
         plan = {**common.pop("plan", {}), **own.pop("plan", {})} if _takes(method, "plan") else {}
         raw = {
-            "run": {"name": f"{method}, seed {seed}", "out": str(self.out / f"seed-{seed}" / method), "seed": seed},
+            "run": {"name": f"{method}, seed {seed}", "out": str(self.place(method, seed)), "seed": seed},
             "model": {**self.raw.get("model", {}), "name": model, "precision": precision}
             | ({"control": control} if control else {}),
             "forget": {"method": method, **common, **own} | ({"plan": plan} if plan else {}),
@@ -202,41 +225,57 @@ def compare(
     everything so far.
     """
     claim(whole.out)
-    jobs = []
-    for seed in whole.settings.seeds:
-        jobs += prepared(whole, seed, bench, title)
-    rows = []
-    for at, job in enumerate(jobs):
-        done = job.request.out / "cost.json"
-        cost = read_json(done)
-        if cost is None or cost["fingerprint"] != job.mark:
-            title(f"method {at + 1} of {len(jobs)}: {job.method}, seed {job.seed}")
-            if inside:
-                work(job, bench.device)
-            else:
-                # a process of its own: its peak memory is the method's, and nothing is left behind for the next
-                process = multiprocessing.get_context("spawn").Process(target=work, args=(job, bench.device))
-                with aside():
-                    process.start()
-                    process.join()
-                if process.exitcode:  # not written down: the same command again tries it again
-                    why = f"ended with exit code {process.exitcode} (negative: a signal; out of memory?)"
-                    rows.append(row(job, {"failed": why}))
-                    continue
-            cost = read_json(done) or {}
-        rows.append(row(job, cost))
+    path = whole.out / "compare.json"
+    before = read_json(path) or {}
+    asked = [(method, seed) for seed in whole.settings.seeds for method in whole.settings.methods]
+    rows = {(r["method"], r["seed"]): r for r in before.get("rows", ()) if whole.fits(r)}
     result = {
         "schema": "unremember.compare/1",
         "name": whole.settings.name,
         "request": json.loads(json.dumps(dict(whole.raw), default=str)),
-        "roles": {role: len(examples) for role, examples in jobs[0].request.corpus.items()},
-        "rows": rows,
+        "roles": before.get("roles", {}),
     }
-    write_json(whole.out / "compare.json", result)
-    return result
+    for seed in whole.settings.seeds:
+        todo = [m for m, s in asked if s == seed and ((m, s) not in rows or (whole.place(m, s) / "cost.json").exists())]
+        for job in prepared(whole, todo, seed, bench, title) if todo else ():
+            at = asked.index((job.method, seed)) + 1
+            rows[job.method, seed] = row(job, done(job, f"method {at} of {len(asked)}", bench, title, aside, inside))
+            rows[job.method, seed]["key"] = whole.key(job.method, seed)
+            result["roles"] = {role: len(examples) for role, examples in job.request.corpus.items()}
+            write_json(path, result | {"rows": list(rows.values())})
+    return result | {"rows": [rows[one] for one in asked]}
 
 
-def prepared(whole: Comparison, seed: int, bench: Bench, title: Callable[[str], None]) -> list[Job]:
+def done(
+    job: Job,
+    at: str,
+    bench: Bench,
+    title: Callable[[str], None],
+    aside: Callable[[], AbstractContextManager],
+    inside: bool,
+) -> dict:
+    """What a job cost, once it has been done."""
+    path = job.request.out / "cost.json"
+    cost = read_json(path)
+    if cost is not None and cost["fingerprint"] == job.mark:
+        return cost
+    title(f"{at}: {job.method}, seed {job.seed}")
+    if inside:
+        work(job, bench.device)
+    else:
+        # a process of its own: its peak memory is the method's, and nothing is left behind for the next
+        process = multiprocessing.get_context("spawn").Process(target=work, args=(job, bench.device))
+        with aside():
+            process.start()
+            process.join()
+        if process.exitcode:  # not written down: the same command again tries it again
+            return {"failed": f"ended with exit code {process.exitcode} (negative: a signal; out of memory?)"}
+    return read_json(path) or {}
+
+
+def prepared(
+    whole: Comparison, methods: Sequence[str], seed: int, bench: Bench, title: Callable[[str], None]
+) -> list[Job]:
     """Teach the models of one seed, audit and attack them once, and lay these pieces into every method's folder."""
     given = whole.raw.get("model", {})
     precision = given.get("precision", "auto")
@@ -253,8 +292,7 @@ def prepared(whole: Comparison, seed: int, bench: Bench, title: Callable[[str], 
         model, control = folders["original"], folders["never-taught"]
     del base
     jobs = [
-        Job(m, seed, whole.request(m, seed, corpus, model, control, precision), whole.settings.watch)
-        for m in whole.settings.methods
+        Job(m, seed, whole.request(m, seed, corpus, model, control, precision), whole.settings.watch) for m in methods
     ]
     shared = Run(replace(jobs[0].request, out=whole.out / f"seed-{seed}" / "original"), bench, title)
     shared.open()
