@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
@@ -155,12 +155,10 @@ class LM:
     def casts(self) -> Generator[None]:
         """While the context lasts, passes with gradients share autocast's bfloat16 copies of the weights: one cast a step.
 
-        Weights must not change inside.
+        Weights must not change inside.  Sharded weights are cast at every pass: copies that stay would be whole ones.
         """
-        with torch.autocast(
-            self.device.type, enabled=False
-        ):  # what the outermost of nested contexts made is kept to its end
-            yield
+        with torch.autocast(self.device.type, enabled=False) if team.size() == 1 else nullcontext():
+            yield  # autocast keeps its copies until the outermost context ends
 
     @contextmanager
     def lowered(self) -> Generator[None]:
