@@ -30,6 +30,10 @@ SECOND = {  # the first of these that a method has is searched, too, from this o
     "alpha": 1.0,
     "strength": 10.0,
 }
+OWN = {  # and what a method cannot come down to the level without, at any rate, as first trials without it have shown
+    "simnpo": {"beta": 1.0},  # 2.5: its slope is 2σ(−β u), nothing once a token is down to a few percent
+    "undial": {"strength": 20.0},  # 10: a token that was sure (0.9999) has a third left in what is distilled
+}
 REACH = 4.0  # trials after the second lie within this factor, both ways
 
 
@@ -38,7 +42,7 @@ def first(name: str) -> dict[str, float]:
     has = METHODS[name].__dataclass_fields__
     key = next((k for k in SECOND if k in has and name not in PURE), None)
     found = {"lr": BEGIN * PRESETS[name]["plan"]["lr"]} if "plan" in has else {}
-    return found | ({key: max(SECOND[key], PRESETS[name].get(key, 0.0))} if key else {})
+    return found | ({key: max(SECOND[key], PRESETS[name].get(key, 0.0))} if key else {}) | OWN.get(name, {})
 
 
 def after(done: list[tuple[dict[str, float], float, dict]]) -> dict[str, float] | None:
