@@ -28,7 +28,6 @@ SECOND = {  # the first of these that a method has is searched, too, from this o
     "retain": 4.0,
     "kl": 1.0,
     "alpha": 1.0,
-    "strength": 10.0,
 }
 OWN = {  # and what a method cannot come down to the level without, at any rate, as first trials without it have shown
     "simnpo": {"beta": 1.0},  # 2.5: its slope is 2σ(−β u), nothing once a token is down to a few percent
@@ -57,7 +56,7 @@ def after(done: list[tuple[dict[str, float], float, dict]]) -> dict[str, float] 
         return {k: v if k != "lr" else v * STEP if up else v / STEP for k, v in point.items()}
     if len(done) == 2 and not any(row.get("reached") for *_, row in done):
         point = max(done, key=lambda x: x[1])[0]
-        lighter = {k: v if k == "lr" else v / LIGHTER for k, v in point.items()}
+        lighter = {k: v / LIGHTER if k in SECOND else v for k, v in point.items()}
         return lighter if lighter != point else None
     return None
 
