@@ -21,8 +21,10 @@ SETTINGS = {
     "graft": {"blocks": 0},  # the last block is half of this toy, and says some of it by itself
     "incontext": {"shots": 1},
     "jailbreak": {"most": 1},
+    "lens": {},
     "orthogonalise": {},
     "prefix": {"steps": 2, "least": 3, "most": 6, "children": 6, "questions": 2},
+    "probe": {"block": 1},
     "prune": {"grid": [0.005, 0.1]},
     "quantise": {"bits": 4},
     "relearn": {"plan": {"steps": 5, "lr": 1e-3}},
@@ -35,6 +37,7 @@ SETTINGS = {
     },
     "sample": {},
     "soft": {"tokens": 3, "steps": 4},
+    "steer": {},
     "suffix": {"search": {"tokens": 3, "steps": 2, "candidates": 8}},
 }
 # What an attack brings along by itself, on a model that never knew: the head of the original makes its values likelier.

@@ -4,8 +4,10 @@ from unremember.attack.finetune import Finetune
 from unremember.attack.graft import Graft
 from unremember.attack.incontext import InContext
 from unremember.attack.jailbreak import Jailbreak
+from unremember.attack.lens import Lens
 from unremember.attack.orthogonalise import Orthogonalise
 from unremember.attack.prefix import Prefix
+from unremember.attack.probe import Probe
 from unremember.attack.prune import Prune
 from unremember.attack.quantise import Quantise
 from unremember.attack.relearn import Relearn
@@ -13,6 +15,7 @@ from unremember.attack.rephrase import Rephrase
 from unremember.attack.reversal import Reversal
 from unremember.attack.sample import Sample
 from unremember.attack.soft import Soft
+from unremember.attack.steer import Steer
 from unremember.attack.suffix import Suffix
 
 ATTACKS = {
@@ -20,8 +23,10 @@ ATTACKS = {
     "graft": Graft,
     "incontext": InContext,
     "jailbreak": Jailbreak,
+    "lens": Lens,
     "orthogonalise": Orthogonalise,
     "prefix": Prefix,
+    "probe": Probe,
     "prune": Prune,
     "quantise": Quantise,
     "relearn": Relearn,
@@ -29,6 +34,7 @@ ATTACKS = {
     "reversal": Reversal,
     "sample": Sample,
     "soft": Soft,
+    "steer": Steer,
     "suffix": Suffix,
 }
 
@@ -38,8 +44,10 @@ PRESETS: dict[str, dict] = {
     "graft": {"blocks": 1},
     "incontext": {"shots": 3},
     "jailbreak": {},
+    "lens": {},
     "orthogonalise": {"directions": "text"},
     "prefix": {"steps": 60},
+    "probe": {},
     "prune": {"grid": [0.005, 0.01, 0.025, 0.05, 0.1, 0.2]},
     "quantise": {"bits": 4},
     "relearn": {"plan": {"steps": 10, "lr": 5e-5}},
@@ -47,9 +55,10 @@ PRESETS: dict[str, dict] = {
     "reversal": {"knowledge": "objective", "objective": "ascent", "plan": {"steps": 5, "lr": 5e-5}, "strength": 1.0},
     "sample": {"temperature": 1.0, "n": 8},
     "soft": {"tokens": 8, "steps": 60},
+    "steer": {},
     "suffix": {"search": {"tokens": 12, "steps": 40}},
 }
 
 _QUICK = ("graft", "quantise", "rephrase")
-_STANDARD = (*_QUICK, "finetune", "incontext", "jailbreak", "relearn", "reversal", "sample")
+_STANDARD = (*_QUICK, "finetune", "incontext", "jailbreak", "lens", "probe", "relearn", "reversal", "sample", "steer")
 SUITES = {"quick": _QUICK, "standard": tuple(sorted(_STANDARD)), "full": tuple(ATTACKS)}  # each holds the one before

@@ -46,7 +46,7 @@ METHODS = {
 }
 
 PRESETS = {
-    "advga": {"plan": {"steps": 20, "lr": 3e-5, "stop": "probability"}, "radius": 0.1, "inner": 3},
+    "advga": {"plan": {"steps": 40, "lr": 3e-5, "stop": "probability"}, "radius": 0.1, "inner": 3},
     "advnpo": {
         "plan": {"steps": 30, "lr": 5e-5, "stop": "probability"},
         "beta": 0.1,
@@ -61,20 +61,20 @@ PRESETS = {
         "radius": 0.1,
         "inner": 3,
     },
-    "ascent": {"plan": {"steps": 20, "lr": 3e-5, "stop": "probability"}},
+    "ascent": {"plan": {"steps": 40, "lr": 3e-5, "stop": "probability"}},
     "depn": {"neurons": 400, "stop": "probability", "every": 50},
-    "dpo": {"plan": {"steps": 30, "lr": 3e-5, "stop": "probability"}, "beta": 0.1, "retain": 1.0},
+    "dpo": {"plan": {"steps": 40, "lr": 9e-5, "stop": "probability"}, "beta": 0.1, "retain": 4.0},
     "flearning": {
         "plan": {"steps": 8, "lr": 5e-5, "stop": "probability"},
         "strength": [0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
     },
     "kga": {
-        "plan": {"steps": 30, "lr": 3e-5, "stop": "probability"},
+        "plan": {"steps": 40, "lr": 9e-5, "stop": "probability"},
         "helper": {"steps": 30, "lr": 1e-4},
         "alpha": 1.0,
         "part": "span",
     },
-    "llmu": {"plan": {"steps": 30, "lr": 3e-5, "stop": "probability"}, "forget": 0.5, "mismatch": 1.0, "kl": 1.0},
+    "llmu": {"plan": {"steps": 30, "lr": 3e-5, "stop": "probability"}, "forget": 0.5, "mismatch": 1.0, "kl": 5.0},
     "mechanistic": {
         "plan": {"steps": 40, "lr": 3e-4, "clip": 1.0, "stop": "probability"},
         "retain": 4.0,
@@ -94,13 +94,14 @@ PRESETS = {
         "retain": 10.0,
     },
     "rmu": {"plan": {"steps": 80, "lr": 1e-3, "stop": "probability"}, "scale": 5.0, "alpha": 10.0},
-    "seul": {"plan": {"steps": 20, "lr": 3e-5, "stop": "probability"}},
+    "seul": {"plan": {"steps": 40, "lr": 3e-5, "stop": "probability"}},
     "simnpo": {"plan": {"steps": 30, "lr": 3e-5, "stop": "probability"}, "beta": 2.5, "retain": 1.0},
     "undial": {"plan": {"steps": 30, "lr": 1e-4, "stop": "probability"}, "strength": 10.0, "retain": 1.0},
     "wga": {"plan": {"steps": 40, "lr": 1.5e-4, "stop": "probability"}, "alpha": 1.0, "retain": 4.0},
     "whp": {
-        "plan": {"steps": 40, "lr": 3e-5, "stop": "probability"},
+        "plan": {"steps": 40, "lr": 9e-5, "stop": "probability"},
         "reinforce": {"steps": 10, "lr": 5e-5},
+        "retain": 4.0,
         "alpha": 5.0,
         "anchors": "rules",
     },
