@@ -13,7 +13,8 @@ What a lens does not show may be there all the same, in a form that only a probe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from unremember.lm import LM
 from unremember.locate.anatomy import Site, embedding, watched
 from unremember.tokens import Row, Tokens, pack, packs
 
-PLACES = 64  # that pass the head together
+PLACES, ROWS = 256, 8  # that pass the head together; that are ranked together
 Lens = Callable[[int, Tensor], Tensor]  # level, (N, H) -> (N, V) float32
 
 
@@ -95,22 +96,34 @@ def stream(lm: LM, tokens: Tokens) -> Tensor:
     """
     lens, sites = LogitLens.of(lm.model), levels(lm.model)
     with watched(lm.model, sites) as seen:
-        said = lm.logits(tokens).float()
+        said = lm.logits(replace(tokens, source=tokens.source[:ROWS])).float()  # enough to check the lens by
     hidden = torch.stack([seen[site].flatten(0, 1)[tokens.source].to(seen[sites[-1]].dtype) for site in sites])
     if broken := [level for level, h in enumerate(hidden) if not h.isfinite().all()]:
         raise BadModel(
             f"{lm.name or 'the model'}: the residual stream at level {broken[0]} of {len(sites) - 1} holds numbers that are not "
             "finite; its weights are broken, load them again"
         )
-    few = slice(0, PLACES)
-    off = float((lens(len(sites) - 1, hidden[-1, few]) - said[few]).abs().max())
+    off = float((lens(len(sites) - 1, hidden[-1, :ROWS]) - said).abs().max())
     slack = 1e-3 if hidden.dtype == torch.float32 else 3e-2
-    if off > slack * (1 + float(said[few].abs().max())):
+    if off > slack * (1 + float(said.abs().max())):
         raise BadModel(
             f"{lm.name or 'the model'}: norm and head give logits that are {off:.2g} off what the model says, so something else "
             "stands between its last block and its logits (a cap, a scale); lenses know no such model"
         )
     return hidden
+
+
+def placed(read: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank and log-probability of the target. hidden: (N, H); target: (N,) -> (N,), (N,)
+
+    Many places pass the head together, which is as long in coming as it is big; a few are then looked at, which fit the cache.
+    """
+    ranks, logps = [target.new_empty(0)], [hidden.new_empty(0, dtype=torch.float32)]
+    for few, wanted in zip(hidden.split(PLACES), target.split(PLACES), strict=True):
+        for z, t in zip(read(few).split(ROWS), wanted.split(ROWS), strict=True):
+            ranks.append(rank(z, t))
+            logps.append(z.gather(1, t[:, None])[:, 0] - z.logsumexp(-1))
+    return torch.cat(ranks), torch.cat(logps)
 
 
 @torch.no_grad()
@@ -120,22 +133,15 @@ def trails(lm: LM, rows: Sequence[Row], lens: Lens | None = None, bench: Bench =
     numbered = [Row(str(i), row.ids, row.start, row.stop, row.span) for i, row in enumerate(rows)]
     groups = packs(numbered, bench.budget)
     found: dict[int, Trail] = {}
-    for done, group in enumerate(mine := groups[team.rank() :: team.size()]):
-        tokens = pack(group).to(lm.device)
-        hidden = stream(lm, tokens)[:, tokens.span]  # (levels, N, H)
-        target, row = tokens.target[tokens.span], tokens.row[tokens.span].cpu().numpy()
-        ranks, logps = [], []
-        for level, h in enumerate(hidden):
-            parts = [
-                (rank(z, t), -nn.functional.cross_entropy(z, t, reduction="none"))
-                for z, t in (
-                    (read(level, part), t) for part, t in zip(h.split(PLACES), target.split(PLACES), strict=True)
-                )
-            ]
-            ranks.append(torch.cat([r for r, _ in parts]).cpu().numpy())
-            logps.append(torch.cat([p for _, p in parts]).cpu().numpy())
-        for at, key in enumerate(tokens.keys):
-            found[int(key)] = Trail(np.stack(ranks)[:, row == at], np.stack(logps)[:, row == at])
-        bench.say("read", done + 1, len(mine), {})
+    with lm.lowered():
+        for done, group in enumerate(mine := groups[team.rank() :: team.size()]):
+            tokens = pack(group).to(lm.device)
+            hidden = stream(lm, tokens)[:, tokens.span]  # (levels, N, H)
+            target, row = tokens.target[tokens.span], tokens.row[tokens.span].cpu().numpy()
+            seen = [placed(partial(read, level), h, target) for level, h in enumerate(hidden)]
+            ranks, logps = (torch.stack(column).cpu().numpy() for column in zip(*seen, strict=True))
+            for at, key in enumerate(tokens.keys):
+                found[int(key)] = Trail(ranks[:, row == at], logps[:, row == at])
+            bench.say("read", done + 1, len(mine), {})
     found = team.merge(found)
     return [found[i] for i in range(len(rows))]
