@@ -95,8 +95,8 @@ PRESETS = {
     },
     "rmu": {"plan": {"steps": 80, "lr": 1e-3, "stop": "probability"}, "scale": 5.0, "alpha": 10.0},
     "seul": {"plan": {"steps": 40, "lr": 3e-5, "stop": "probability"}},
-    "simnpo": {"plan": {"steps": 30, "lr": 3e-5, "stop": "probability"}, "beta": 2.5, "retain": 1.0},
-    "undial": {"plan": {"steps": 30, "lr": 1e-4, "stop": "probability"}, "strength": 10.0, "retain": 1.0},
+    "simnpo": {"plan": {"steps": 30, "lr": 9e-5, "stop": "probability"}, "beta": 1.0, "retain": 4.0},
+    "undial": {"plan": {"steps": 40, "lr": 3e-4, "stop": "probability"}, "strength": 20.0, "retain": 4.0},
     "wga": {"plan": {"steps": 40, "lr": 1.5e-4, "stop": "probability"}, "alpha": 1.0, "retain": 4.0},
     "whp": {
         "plan": {"steps": 40, "lr": 9e-5, "stop": "probability"},
