@@ -4,7 +4,8 @@ For each seed a model is taught (or taken as it is), and every method starts fro
 finds the never-taught level, or its cap.  What is compared is what is left there of what should have stayed, and where on the
 way a method lost it; never two methods after equally many steps.
 
-    OUT/compare.json  compare.csv  compare.html  seed-N/original/ (audits shared by all)  seed-N/METHOD/ (an ordinary run folder)
+    OUT/compare.json  compare.csv  compare.md (the table for a README)  compare.html
+    OUT/seed-N/original/ (audits shared by all)  seed-N/METHOD/ (an ordinary run folder)
 
 Every METHOD folder is made once: an interrupted comparison goes on where it stopped, and a changed setting redoes what
 depends on it.  compare.json grows row by row.  A row there stands for its folder where that is gone, so that weights may be
@@ -432,10 +433,11 @@ def _lines(path: Path) -> list[str]:
 
 
 def write(result: dict, out: Path) -> Path:
-    """compare.csv and compare.html beside compare.json; returns the page."""
-    from unremember.report.pareto import csv, page
+    """compare.csv, compare.md and compare.html beside compare.json; returns the page."""
+    from unremember.report.pareto import csv, markdown, page
 
     write_text(out / "compare.csv", csv(result))
+    write_text(out / "compare.md", markdown(result))
     path = out / "compare.html"
     write_text(path, page(result))
     return path

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
-from unremember.report.pareto import csv, ends, lines, methods, page, paths, ranged, robust, spread, withstood
+from unremember.report.pareto import csv, ends, lines, markdown, methods, page, paths, ranged, robust, spread, withstood
 
 
 def row(method: str, seed: int, kept: float, reached: bool = True) -> dict:
@@ -98,3 +98,14 @@ def test_without_attacks_there_is_no_such_drawing(result):
     for row in result["rows"][:4]:
         row["r"] = {"none": 0.01}
     assert robust(result) == "" and "Robust forgetting" not in page(result)
+
+
+def test_the_table_for_a_readme_counts_verdicts_and_tells_failures(result):
+    result["rows"][1]["verdicts"] = {"none": "forgotten", "relearn": "forgotten"}
+    head, _, npo, _, wild = markdown(result).splitlines()
+    assert head.startswith("| method | level | unattacked | relearn | facts kept |")
+    assert npo.startswith(
+        "| `npo` | 2 of 2 | forgotten | 1 remembered, 1 forgotten | 0.80 (0.70 to 0.90) | 0.81 | +0.02 |"
+    )
+    assert wild.startswith("| `wild` | failed: training diverged at step 3 |")
+    assert len({row.count("|") for row in (head, npo, wild)}) == 1

@@ -96,6 +96,38 @@ def csv(result: dict) -> str:
     return out.getvalue()
 
 
+def markdown(result: dict) -> str:
+    """The table of the page, for a README: a line a method, mean over its seeds (lowest to highest)."""
+    attacks = sorted({a for row in result["rows"] for a in row.get("verdicts", ())}, key=lambda a: (a != "none", a))
+    heads = ["method", "level", *("unattacked" if a == "none" else a for a in attacks)]
+    heads += ["facts kept", "world", "prose, nats", "still said", "steps", "seconds", "peak GB"]
+    rows = [heads, ["---"] * len(heads)]
+    for line in lines(result):
+        if "reached" not in line:
+            rows.append([f"`{line['method']}`", "failed: " + "; ".join(line["failed"])] + [""] * (len(heads) - 2))
+            continue
+        words = [", ".join(counted(line["verdicts"].get(a, []))) for a in attacks]
+        numbers = [
+            ranged(line["kept"]),
+            ranged(line["world"]),
+            ranged(line["prose"], "{:+.2f}"),
+            ranged(line["leaked"]),
+        ]
+        costs = [
+            ranged(line["steps"], "{:.0f}"),
+            ranged(line["seconds"], "{:.0f}"),
+            ranged(line["peak bytes"], "{:.1f}", 1e-9),
+        ]
+        rows.append([f"`{line['method']}`", f"{line['reached']} of {line['seeds']}", *words, *numbers, *costs])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def counted(words: Sequence[str]) -> list[str]:
+    """Each word once, with how often it came where there are several."""
+    once = dict.fromkeys(words)
+    return [word if len(once) == 1 else f"{words.count(word)} {word}" for word in once]
+
+
 def paths(result: dict, key: str = "kept") -> str:
     """A panel a method: forgetting (to the right) against what was kept, a line a seed; every other method in grey behind."""
     rows = {name: [r for r in found if not r["failed"] and r["curve"]] for name, found in methods(result).items()}
