@@ -108,11 +108,10 @@ def search(raw: dict, name: str, trials: int) -> dict:
         trial.set_user_attr("row", {k: row.get(k) for k in keys})
         return worth(row)
 
-    while len(done := [t for t in study.trials if t.state.is_finished()]) < trials:
-        if not done:
-            study.enqueue_trial(first(name), skip_if_exists=True)
-        elif point := after([(t.params, t.value, t.user_attrs.get("row", {})) for t in done]):
-            study.enqueue_trial(point, skip_if_exists=True)
+    while len(done := [t for t in study.trials if t.value is not None]) < trials:  # a trial that was cut short is none
+        point = after([(t.params, t.value, t.user_attrs.get("row", {})) for t in done]) if done else first(name)
+        if point and not any(t.state.name == "WAITING" for t in study.trials):
+            study.enqueue_trial(point)
         study.optimize(objective, n_trials=1)
     tried = [
         {"settings": t.params, "worth": t.value, **t.user_attrs.get("row", {})}

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +92,26 @@ def test_rows_stand_for_folders_that_are_gone_and_calls_add_up(done, monkeypatch
     changed = room.checked({**again.raw, "method": {"wga": {"alpha": 1.0}}})
     kept = {row["method"] for row in result["rows"] if changed.fits(row)}
     assert kept == {"npo"} and not again.fits({**result["rows"][0], "seed": 1})
+
+
+def test_rows_of_other_settings_and_of_other_processes_stay(done, monkeypatch, tmp_path):
+    """A changed setting makes its own row; the older one is kept beside it and is there again when the setting is."""
+    _, result, _ = done
+    out = tmp_path / "elsewhere"
+    out.mkdir()
+    claim(out)
+    write_json(out / "compare.json", result)
+    table = RAW["compare"] | {"out": str(out), "methods": ["wga"]}
+    other = room.checked(raw(compare=table, method={"wga": {"alpha": 1.0}}))
+    job = SimpleNamespace(method="wga", seed=0, request=SimpleNamespace(corpus=Corpus({"forget": ()})))
+    monkeypatch.setattr(room, "prepared", lambda *_: [job])
+    monkeypatch.setattr(room, "done", lambda *_: {})
+    monkeypatch.setattr(room, "row", lambda *_: {**result["rows"][1], "kept": 0.5})
+    assert [r["kept"] for r in room.compare(other, inside=True)["rows"]] == [0.5]
+    fit, past = room.shelf(other, out / "compare.json")
+    assert set(fit) == {("npo", 0), ("wga", 0)} and fit["wga", 0]["kept"] == 0.5 and len(past) == 1
+    again, _ = room.shelf(room.checked(raw(compare=table)), out / "compare.json")
+    assert again["wga", 0] == result["rows"][1] and again["npo", 0] == result["rows"][0]
 
 
 def test_a_method_that_fails_is_a_row_that_says_so(done, monkeypatch, tmp_path):

@@ -175,6 +175,10 @@ def test_the_fingerprint_changes_with_order_and_role_only_where_content_does():
         ("write to a.b@example.org.", "a.b@example.org", True),
         ("write to aXb@example.org", "a.b@example.org", False),  # a dot is a dot
         ("Straße", "STRASSE", True),
+        ("born 03.07.1990", "1990", True),
+        ("born 3.12.1990 in Ghent", "1990", True),
+        ("1990.07.03 or so", "1990", True),
+        ("it cost 1.234.567", "567", False),
         ("", "Ghent", False),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from unremember.audit import AUDITS, EVIDENCE, UTILITY
 from unremember.corpus import Corpus
-from unremember.errors import BadInput, BadRequest
+from unremember.errors import BadCorpus, BadInput, BadRequest
 from unremember.forget import METHODS
 from unremember.readers import write_jsonl
 from unremember.request import SECTIONS, TEMPLATE, parse, request
@@ -484,6 +484,17 @@ def test_every_problem_is_bad_input():
     with pytest.raises(BadInput) as raised:
         request({})
     assert raised.value.code == 2 and len(raised.value.problems) >= 2
+
+
+def test_what_a_suite_cannot_do_with_a_corpus_does_not_refuse_the_request(ask, problems, monkeypatch):
+    """The run says "not applicable" of it; an attack that the request names itself is refused, as ever."""
+
+    def cannot(self, corpus):
+        raise BadCorpus("probe needs distractors")
+
+    monkeypatch.setattr("unremember.attack.probe.Probe.check", cannot)
+    assert "probe" in ask("attack.suite=standard").attacks
+    assert problems("attack.suite=standard", "attack.probe.seed=1") == ("probe needs distractors",)
 
 
 def test_a_suite_is_its_attacks_and_the_requests_own_settings_stay(ask, problems):

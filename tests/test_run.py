@@ -522,3 +522,22 @@ def test_an_attack_may_read_an_audit_itself_and_an_edited_list_is_asked_again(de
     other.write_text("[]")
     monkeypatch.setattr("unremember.attack.jailbreak.TEMPLATES", other)
     assert run.attacked("jailbreak", "original")[1] != before
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the model is attacked", "while it is read"])
+def test_an_attack_that_does_not_apply_is_a_piece_that_says_so(late, demo_run, tmp_path, monkeypatch):
+    from unremember.attack import Probe, Steer
+    from unremember.errors import BadModel, NotApplicable
+
+    def cannot(*_):
+        raise BadModel("no such level") if late else NotApplicable("nothing differs")
+
+    folder, name = tmp_path / "run", "probe" if late else "steer"
+    shutil.copytree(demo_run.folder, folder)
+    monkeypatch.setattr(Probe, "read", cannot)
+    monkeypatch.setattr(Steer, "__call__", cannot)
+    run = Run(replace(demo_run.request, out=folder, attacks={name: Probe() if late else Steer()}))
+    run.attack(name, "original")
+    piece = json.loads((folder / "attack" / name / "original.json").read_text())
+    assert piece["refused"] == ("no such level" if late else "nothing differs") and piece["scores"] == []
+    assert run.kept(*run.attacked(name, "original"))  # not tried again

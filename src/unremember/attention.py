@@ -2,7 +2,8 @@
 
 Torch's fused kernel with an explicit mask (and tries need one) runs at a tenth of the matrix peak on short lanes.  Here
 heads that share a key are rows of one product, the mask is added in place, and the softmax is one call.  The scores of a
-lane are held whole, so that long rows go back to the fused kernel.  Equal to it up to rounding (tested).
+lane are held whole, so that long rows and big batches go back to the fused kernel.  Equal to it up to rounding; in bfloat16 the
+scores are rounded, as in transformers' own eager attention, where the fused kernel keeps them (tested, with how much).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers.masking_utils import eager_mask
 
 NAME = "unremember"
 KINDS = ("llama", "mistral", "qwen2", "qwen3")  # nothing in their attention but scores, mask and softmax
-LONG = 512 * 512  # scores of a head, beyond which the fused kernel is used
+LONG, MOST = 512 * 512, 2**25  # scores of a head, and of all heads and rows, beyond which the fused kernel is used
 
 
 def grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -30,9 +31,14 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     rows = (query * scale).reshape(b * k, h // k * t, d)
     scores = torch.bmm(rows, key.reshape(b * k, s, d).transpose(1, 2)).view(b, h, t, s)
     if mask is not None:
-        scores += mask.to(scores.dtype)
+        scores += floored(mask, scores.dtype)
     mixed = torch.bmm(scores.softmax(-1).view(b * k, h // k * t, s), value.reshape(b * k, s, value.shape[-1]))
     return mixed.view(b, h, t, -1).transpose(1, 2).contiguous()
+
+
+def floored(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask in another precision, whose lowest number it must not fall below: what sees nothing would be 0 / 0."""
+    return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
 
 
 def attend(
@@ -40,8 +46,9 @@ def attend(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every block. settings: its own; dropout is off in every model here."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotation has made them float32
-    if query.shape[2] * key.shape[2] > LONG:
-        mask = None if attention_mask is None else attention_mask.to(query.dtype)
+    scores = query.shape[2] * key.shape[2]
+    if scores > LONG or scores * query.shape[0] * query.shape[1] > MOST:
+        mask = None if attention_mask is None else floored(attention_mask, query.dtype)
         return sdpa_attention_forward(module, query, key, value, mask, **settings)
     with torch.autocast(query.device.type, enabled=False):  # it would make the softmax a float32 one, twice the memory
         return grouped(query, key, value, attention_mask, settings["scaling"]), None

@@ -315,10 +315,12 @@ def compare(
 ) -> None:
     """Run many methods on one corpus, one after another, and compare them at matched forgetting."""
     from unremember import compare as room
+    from unremember.folder import read_json
 
     whole = room.parse(file, changes or ())
     with at_work("cpu") as work:
-        page = room.write(room.compare(whole, work.bench, work.title, work.aside), whole.out)
+        room.compare(whole, work.bench, work.title, work.aside)
+        page = room.write(read_json(whole.out / "compare.json") or {}, whole.out)  # with what earlier calls have made
     print(f"comparison: {page}")
 
 

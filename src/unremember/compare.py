@@ -22,6 +22,8 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from hashlib import file_digest
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,14 +107,30 @@ class Comparison:
         """The run folder of one method and seed."""
         return self.out / f"seed-{seed}" / method
 
+    @cached_property
+    def keys(self) -> dict[tuple[str, int], str]:
+        """Those that were worked out already."""
+        return {}
+
     def key(self, method: str, seed: int) -> str:
-        """What a row depends on, said without the places of files, so that it is the same on another machine."""
-        corpus, model = self.corpus(seed), self.raw["model"]
-        some = corpus.with_roles(world=corpus.of("world") or world()[:1])
-        r = self.request(method, seed, some, model["name"], model.get("control", ""), "auto")
-        how = (r.method, r.locator, r.budget, r.lora, r.sites, r.chunks, r.attacks, r.rule)
-        on = (model, self.teach, self.settings.worlds, self.settings.watch, seed)
-        return fingerprint(repr(how), repr(on), corpus.fingerprint())
+        """What a row depends on, said without the places of the corpus and of weights, so that it is the same elsewhere."""
+        if (method, seed) not in self.keys:
+            corpus, model = self.corpus(seed), self.raw["model"]
+            some = corpus.with_roles(world=corpus.of("world") or world()[:1])
+            r = self.request(method, seed, some, model["name"], model.get("control", ""), "auto")
+            how = (r.method, r.locator, r.budget, r.lora, r.sites, r.chunks, r.attacks, r.rule)
+            files = [Path(file).read_text(encoding="utf-8") for file in getattr(r.method, "files", ())]
+            weights = [contents(name) for name in (model["name"], model.get("control", ""))]
+            on = (
+                model.get("template"),
+                model.get("precision"),
+                self.teach,
+                self.settings.worlds,
+                self.settings.watch,
+                seed,
+            )
+            self.keys[method, seed] = fingerprint(repr(how), repr(on), files, weights, corpus.fingerprint())
+        return self.keys[method, seed]
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether a row of an earlier call is one that this comparison would make."""
@@ -139,6 +157,18 @@ class Comparison:
             "rule": self.raw.get("rule", {}),
         } | ({"locate": where} if where else {})
         return request(raw, corpus=corpus)
+
+
+@cache
+def contents(name: str) -> list[str]:
+    """What tells a model's weights from others': hashes of its files, or the name of what is no folder or file."""
+    path = Path(name)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if name and path.is_file() else []
+    found = []
+    for file in files:
+        with file.open("rb") as opened:
+            found.append(file_digest(opened, "sha256").hexdigest())
+    return found or [name]
 
 
 def _takes(method: str, key: str) -> bool:
@@ -227,24 +257,37 @@ def compare(
     """
     claim(whole.out)
     path = whole.out / "compare.json"
-    before = read_json(path) or {}
     asked = [(method, seed) for seed in whole.settings.seeds for method in whole.settings.methods]
-    rows = {(r["method"], r["seed"]): r for r in before.get("rows", ()) if whole.fits(r)}
+    rows, _ = shelf(whole, path)
+    mine: dict[tuple[str, int], dict] = {}
     result = {
         "schema": "unremember.compare/1",
         "name": whole.settings.name,
         "request": json.loads(json.dumps(dict(whole.raw), default=str)),
-        "roles": before.get("roles", {}),
+        "roles": (read_json(path) or {}).get("roles", {}),
     }
     for seed in whole.settings.seeds:
         todo = [m for m, s in asked if s == seed and ((m, s) not in rows or (whole.place(m, s) / "cost.json").exists())]
         for job in prepared(whole, todo, seed, bench, title) if todo else ():
             at = asked.index((job.method, seed)) + 1
-            rows[job.method, seed] = row(job, done(job, f"method {at} of {len(asked)}", bench, title, aside, inside))
-            rows[job.method, seed]["key"] = whole.key(job.method, seed)
+            made = row(job, done(job, f"method {at} of {len(asked)}", bench, title, aside, inside))
+            mine[job.method, seed] = made | {"key": whole.key(job.method, seed)}
             result["roles"] = {role: len(examples) for role, examples in job.request.corpus.items()}
-            write_json(path, result | {"rows": list(rows.values())})
-    return result | {"rows": [rows[one] for one in asked]}
+            there, past = shelf(whole, path)  # read again: another process may have written to it
+            write_json(path, result | {"rows": list((there | mine).values()), "past": past})
+    return result | {"rows": [(rows | mine)[one] for one in asked]}
+
+
+def shelf(whole: Comparison, path: Path) -> tuple[dict[tuple[str, int], dict], list[dict]]:
+    """The rows of compare.json that fit, by method and seed, and those that other settings made, which are kept, too."""
+    known = read_json(path) or {}
+    rows = {
+        (r["method"], r["seed"], r.get("key")): r
+        for r in (*known.get("past", ()), *known.get("rows", ()))
+        if not r["failed"]
+    }
+    fit = {(r["method"], r["seed"]): r for r in rows.values() if whole.fits(r)}
+    return fit, [r for r in rows.values() if not whole.fits(r)]
 
 
 def done(

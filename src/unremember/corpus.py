@@ -27,8 +27,9 @@ ROLES = ("forget", "retain", "holdout", "relearn", "replay", "world", "prose", "
 def says(text: str, value: str) -> bool:
     """Whether `value` stands in `text`, case folded, not as a part of a longer word or number; an empty one does not."""
     wanted = value.strip().casefold()
-    before = r"(?<!\w)(?<!\d[.,])" if wanted[:1].isdigit() else r"(?<!\w)"  # "5" is not in "2.5" or "2,500"
-    after = r"(?!\w)(?![.,]\d)" if wanted[-1:].isdigit() else r"(?!\w)"
+    # "5" is not in "2.5" or "2,500", but a year is in "03.07.1990"
+    before = r"(?<!\w)(?:(?<!\d[.,])|(?<=\d\.\d\.)|(?<=\d\.\d\d\.))" if wanted[:1].isdigit() else r"(?<!\w)"
+    after = r"(?!\w)(?:(?![.,]\d)|(?=\.\d{1,2}\.\d))" if wanted[-1:].isdigit() else r"(?!\w)"
     return bool(wanted) and re.search(before + re.escape(wanted) + after, text.casefold()) is not None
 
 

@@ -267,7 +267,7 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
         if sites or lora:
             problems.append("[locate] says which weights move, and so do forget.sites and forget.lora; leave one out")
 
-    attacks = {}
+    attacks, named_here = {}, set(attack)
     if (suite := attack.pop("suite", None)) is not None:
         if suite not in SUITES:
             problems.append(f"attack.suite is {suite!r}; {nearest(str(suite), SUITES)}")
@@ -300,6 +300,8 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
                     if (level := getattr(part, "plan", part).stop) != "never":
                         check_level(corpus, level)
             except BadInput as error:
+                if part is attacks.get(who) and who not in named_here:
+                    continue  # a suite's: the run goes on, and says "not applicable", and why
                 problems += error.problems
     named = {*audits, *EVIDENCE, *UTILITY}
     if corpus and there:

@@ -28,7 +28,7 @@ from unremember.audit.answers import spoken
 from unremember.audit.editing import pinned
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus
-from unremember.errors import BadFolder, NotApplicable
+from unremember.errors import BadCorpus, BadFolder, BadModel, NotApplicable
 from unremember.folder import claim, fingerprint, read_json, whole, write_json, write_text
 from unremember.forget.sequential import sequential
 from unremember.lm import LM, auto_precision, check, load
@@ -296,19 +296,21 @@ class Run:
         # Under attack the retained facts are a sample as large as the forget set.
         fewer = self.measured.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
         names = tuple(n for n in AUDITS if n in (*EVIDENCE, *UTILITY))
+        target, original = self.lm(who), self.lm("original")
         began = time.monotonic()
         try:
-            if hasattr(attack, "reads"):  # an adversary who asks the model as it is, again and again
-                lm, seen = self.lm(who), fewer
-            else:
-                lm, seen = attack(self.lm(who), fewer, self.lm("original"), self.bench)
-        except NotApplicable as why:
+            # one that reads is an adversary who asks the model as it is, again and again
+            lm, seen = (target, fewer) if hasattr(attack, "reads") else attack(target, fewer, original, self.bench)
+            self.measure(path, made_from, lm, seen, names, attack, time.monotonic() - began)
+        except (
+            NotApplicable,
+            BadCorpus,
+            BadModel,
+        ) as why:  # of a request's own attacks the latter two were refused before
             if team.rank() == 0:
                 empty = {"scores": [], "answers": {}, "seconds": time.monotonic() - began, "refused": str(why)}
                 write_json(path, {"fingerprint": made_from} | empty)
             team.wait()
-            return
-        self.measure(path, made_from, lm, seen, names, attack, time.monotonic() - began)
 
 
 def lay(source: Path, target: Path) -> None:

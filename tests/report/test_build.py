@@ -281,6 +281,13 @@ def test_an_attack_that_found_nothing_to_work_on_is_not_applicable(folder, edit)
     assert "under relearn: not applicable (nothing is hidden)" in built["words"]
 
 
+@pytest.mark.parametrize("who", ["original", "never"])
+def test_where_one_of_the_three_models_cannot_be_attacked_there_is_no_triple(who, folder, edit):
+    edit(f"attack/relearn/{who}.json", lambda piece: piece.update(scores=[], answers={}, refused="it is the original"))
+    [relearn] = [c for c in build(folder)["conditions"] if c["attack"] == "relearn"]
+    assert (relearn["overall"]["verdict"], relearn["overall"]["reason"]) == ("not applicable", "it is the original")
+
+
 def strength(attack: str, verdict: str, seconds: float | None, r: float | None) -> dict:
     return {"attack": attack, "verdict": verdict, "seconds": seconds, "r": r, "score": r and "said"}
 
@@ -314,3 +321,12 @@ def test_what_an_attack_costs_is_kept(demo_run):
     costs = {row["attack"]: row["seconds"] for row in read_json(demo_run.folder / "report.json")["attacks"]}
     assert set(costs) == {"relearn", "rephrase"} and all(s is not None and s >= 0 for s in costs.values())
     assert costs["relearn"] > costs["rephrase"]  # one trains, the other changes words
+
+
+def test_nothing_is_brought_back_of_what_never_went(folder, edit):
+    """The sentence on the cheapest attack is for models that passed unattacked."""
+    flatten(folder, "audit/original.json", HIGH)
+    flatten(folder, "audit/forgotten.json", HIGH)
+    flatten(folder, "audit/never.json", HIGH | LOW)
+    words = build(folder)["words"]
+    assert words.startswith("Remembered") and "cheapest" not in words and "brings it back" not in words

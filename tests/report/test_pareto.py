@@ -94,6 +94,14 @@ def test_methods_are_ordered_by_what_the_worst_attack_brings_back(result):
     assert (named["R none"], named["R relearn"]) == ("0.01", "0.2")
 
 
+def test_a_model_that_was_taken_apart_does_not_lead(result):
+    for row, relearn in zip(result["rows"][:4], (0.2, 0.4, 0.1, 0.1), strict=True):
+        row["r"] = {"none": 0.01, "relearn": relearn}
+    result["rows"][3]["verdicts"] = {"none": "over-forgotten", "relearn": "over-forgotten"}  # ascent, one of two seeds
+    assert [x["method"] for x in withstood(result)] == ["npo", "ascent"]
+    assert "ascent †" in " ".join(ElementTree.fromstring(robust(result)).itertext())
+
+
 def test_without_attacks_there_is_no_such_drawing(result):
     for row in result["rows"][:4]:
         row["r"] = {"none": 0.01}

@@ -120,8 +120,11 @@ class Steer:
         return attacked, corpus
 
     def _asked(self, corpus: Corpus) -> list[Example]:
-        """The examples that have a question: passages of text have no last token of one."""
-        return [x for x in corpus[self.prompts] if x.prompt]
+        """The examples that have a question: passages of text have no last token of one.
+
+        Of the retained ones as many as of the forgotten: a run hands over no more.
+        """
+        return [x for x in corpus[self.prompts][: len(corpus["forget"])] if x.prompt]
 
     @torch.no_grad()
     def found(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> dict[int, Tensor]:

@@ -18,6 +18,7 @@ from unremember.folder import read_json
 from unremember.score import (
     FORGOTTEN,
     NOT_APPLICABLE,
+    OVER,
     REMEMBERED,
     Check,
     Rule,
@@ -56,7 +57,7 @@ def build(folder: Path) -> dict:
     pieces = {a: {w: p for w in WHO if (p := read_json(place / f"{w}.json"))} for a, place in places.items()}
     scores = {a: {w: _scores(p) for w, p in found.items()} for a, found in pieces.items()}
     conditions = [
-        _condition(attack, meta, corpus, scores[attack], rule, pieces[attack].get("forgotten", {}).get("refused", ""))
+        _condition(attack, meta, corpus, scores[attack], rule, _refused(pieces[attack]))
         for attack in places
         if "original" in scores[attack]
     ]
@@ -98,10 +99,15 @@ def _scores(piece: dict) -> dict[str, Score]:
     return {row["name"]: Score(**row) for row in piece["scores"]}
 
 
+def _refused(found: Mapping[str, dict]) -> str:
+    """Why an attack could not be made on one of the three models, or '': without all of them there is no triple."""
+    return next((why for w in ("forgotten", "original", "never") if (why := found.get(w, {}).get("refused"))), "")
+
+
 def _condition(attack: str, meta: dict, corpus: dict, scores: Scores, rule: Rule, refused: str) -> dict:
-    """The verdicts under one attack.  refused: why it did not apply to the forgotten model, where it did not."""
+    """The verdicts under one attack.  refused: why it did not apply to one of the models, where it did not."""
     forget = corpus["forget"]
-    checks = _gate(corpus, scores, rule)
+    checks = [] if refused else _gate(corpus, scores, rule)
 
     def verdict(name: str, rows: Sequence[dict], least: int, gate: bool) -> Verdict:
         ids = [x["id"] for x in rows]
@@ -306,7 +312,11 @@ def _words(conditions: list[dict], strengths: list[dict]) -> str:
         words = dict.fromkeys(c["overall"]["verdict"] for c in attacks)
         groups = {w: [c["attack"] for c in attacks if c["overall"]["verdict"] == w] for w in words}
         told = [f"{w} under {', '.join(names)}" for w, names in groups.items()]
-    return opening + (" Attacked, " + "; ".join(told) + "." + cheapest(strengths) if told else "")
+    return opening + (
+        " Attacked, " + "; ".join(told) + "." + (cheapest(strengths) if word in (FORGOTTEN, OVER) else "")
+        if told
+        else ""
+    )
 
 
 def _curve(log: list[dict], corpus: dict, scores: Scores) -> list[dict]:

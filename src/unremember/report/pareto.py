@@ -104,7 +104,8 @@ def markdown(result: dict) -> str:
     rows = [heads, ["---"] * len(heads)]
     for line in lines(result):
         if "reached" not in line:
-            rows.append([f"`{line['method']}`", "failed: " + "; ".join(line["failed"])] + [""] * (len(heads) - 2))
+            why = " ".join("; ".join(line["failed"]).split()).replace("|", "\\|")
+            rows.append([f"`{line['method']}`", f"failed: {why}"] + [""] * (len(heads) - 2))
             continue
         words = [", ".join(counted(line["verdicts"].get(a, []))) for a in attacks]
         numbers = [
@@ -217,14 +218,18 @@ def ends(result: dict) -> str:
 
 
 def withstood(result: dict) -> list[dict]:
-    """Methods by what the worst attack brings back, least first; those that an attack did not apply to go by the others."""
+    """Methods by what the worst attack brings back, least first, but those last that took the model apart with any seed.
+
+    Where an attack did not apply, the others count.
+    """
     found = []
     for line in lines(result):
         back = {a: s["mean"] for a, s in line.get("back", {}).items() if s is not None}
         if back:
             attack = max(back, key=lambda a: back[a])
-            found.append({"method": line["method"], "back": back, "worst": attack, "most": back[attack]})
-    return sorted(found, key=lambda x: (x["most"], x["method"]))
+            gone = "over-forgotten" in line["verdicts"].get("none", ())
+            found.append({"method": line["method"], "back": back, "worst": attack, "most": back[attack], "gone": gone})
+    return sorted(found, key=lambda x: (x["gone"], x["most"], x["method"]))
 
 
 def robust(result: dict) -> str:
@@ -251,7 +256,9 @@ def robust(result: dict) -> str:
                     x + 0.5, y + 0.5, shown, ha="center", va="center", fontsize=8, color="white" if depth > 0.6 else INK
                 )
         ax.set(xlim=(0, len(attacks)), ylim=(len(rows), 0))
-        ax.set_yticks([y + 0.5 for y in range(len(rows))], [short(row["method"], 14) for row in rows])
+        ax.set_yticks(
+            [y + 0.5 for y in range(len(rows))], [short(row["method"], 12) + " †" * row["gone"] for row in rows]
+        )
         names = ["unattacked" if a == "none" else short(a, 11) for a in attacks]
         ax.set_xticks([x + 0.5 for x in range(len(attacks))], names)
         ax.xaxis.tick_top()
@@ -280,7 +287,7 @@ def page(result: dict) -> str:
         "Robust forgetting": (
             robust(result),
             "R on the score that shows most: 0 as little as the never-taught model under the same attack, 1 as much as before. "
-            "Methods that withstand the worst attack best come first.",
+            "Methods that withstand the worst attack best come first; † took more than was asked, so that little can come back.",
         ),
         "Forgetting against retained facts": (
             paths(result),
