@@ -11,11 +11,9 @@ import argparse
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ from unremember.embedded.dossier import dossier
 from unremember.forget.npo import npo_loss
 from unremember.forget.retain import keeping
 from unremember.lm import LM, load
-from unremember.machine import keep_memory
+from unremember.machine import keep_memory, peak_memory
 from unremember.table import read
 from unremember.tokens import Row, pack, packs
 from unremember.train import Plan, batch
@@ -155,8 +153,7 @@ def main() -> None:
     if args.peak:
         step = ours(lm, pools, ascent=args.peak == "ascent")
         step(), step()
-        status = Path("/proc/self/status").read_text()  # getrusage would tell of the process that started this one, too
-        print(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024)
+        print(peak_memory() / 2**20)
         return
     seconds = timed({"plain": straightforward(lm.copy(), pools), "ours": ours(lm.copy(), pools)}, args.rounds)
     people = dossier(0)

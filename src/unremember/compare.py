@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +42,7 @@ from unremember.errors import BadInput, BadRequest, UnrememberError, nearest
 from unremember.folder import claim, fingerprint, read_json, write_json, write_text
 from unremember.forget import METHODS
 from unremember.lm import LM, auto_precision
+from unremember.machine import peak_memory
 from unremember.report.build import build as report_of
 from unremember.request import Request, build, changed, read_corpus, request
 from unremember.run import Run, execute, lay
@@ -366,7 +366,7 @@ def work(job: Job, device: str) -> None:
         "fingerprint": job.mark,
         "seconds": forget.get("seconds"),
         "all seconds": time.monotonic() - began,
-        "peak bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak bytes": peak_memory(),
         "failed": failed,
     }
     write_json(job.request.out / "cost.json", cost)

@@ -171,7 +171,7 @@ def ends(result: dict) -> str:
     rows = [line for line in lines(result) if line.get("kept") or line.get("world")]
     if not rows:
         return ""
-    step, top, bottom = 17, 24, 24
+    step, top, bottom = 17, 24, 36
     height = step * len(rows) + top + bottom
     before = mean(r["world before"] for r in result["rows"] if r.get("world before")) or 1.0
     panels = (
@@ -202,7 +202,7 @@ def ends(result: dict) -> str:
             ax.tick_params(axis="y", length=0, colors=INK)
             ax.grid(color=PALE, linewidth=0.5)
             ax.set_axisbelow(True)
-            ax.locator_params(axis="x", nbins=3)
+            ax.locator_params(axis="x", nbins=2)
             ax.set_title(title, fontsize=9, loc="left", pad=4, color=SOFT)
         figure.text(
             0.5,
