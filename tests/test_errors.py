@@ -8,7 +8,7 @@ from unremember.errors import BadCorpus, BadFolder, BadInput, BadModel, BadReque
 
 def test_every_error_is_one_of_ours():
     found = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(found) == 8
+    assert len(found) == 9
     assert all(issubclass(error, errors.UnrememberError) for error in found)
 
 

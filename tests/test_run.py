@@ -171,7 +171,7 @@ def remade(copied, monkeypatch):
     def pieces(request: Request) -> set[str]:
         found = set()
 
-        def measure(self, path, made_from, lm, corpus, names, by=None):
+        def measure(self, path, made_from, lm, corpus, names, by=None, spent=0.0):
             found.add(str(path.relative_to(self.out)))
             write_json(path, {"fingerprint": made_from})
 
