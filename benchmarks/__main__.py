@@ -48,6 +48,7 @@ def padded(group: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def straightforward(lm: LM, pools: dict[str, list[Row]]):
     """One step as the field's scripts take it: full logits, padding, a reference forward every step, unfused AdamW."""
+    lm.model.set_attn_implementation("sdpa")  # what a script gets that asks for nothing; load() gives ours
     reference = lm.copy().model
     optimiser = torch.optim.AdamW(lm.model.parameters(), lr=1e-6, foreach=False, fused=False)
     forget, retain = padded(pools["forget"]), padded(pools["retain"])
