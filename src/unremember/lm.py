@@ -275,19 +275,22 @@ class _LogP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor, target: Tensor) -> Tensor:
-        total = torch.cat([part.float().logsumexp(-1) for part in z.split(_LogP.ROWS)]) if len(z) else z.new_empty(0)
-        ctx.save_for_backward(z, target, total)
-        return z.gather(1, target[:, None])[:, 0].float() - total
+        # less the largest first: the likelihood of a sure token is a small difference of large numbers
+        top = z.detach().amax(-1, keepdim=True).float() if len(z) else z.new_empty(0, 1, dtype=torch.float32)
+        parts = zip(z.split(_LogP.ROWS), top.split(_LogP.ROWS), strict=True)
+        total = torch.cat([(part.float() - most).exp_().sum(-1, keepdim=True).log_() for part, most in parts])
+        ctx.save_for_backward(z, target, top, total)
+        return (z.gather(1, target[:, None]).float() - top - total)[:, 0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *slopes: Tensor) -> tuple[Tensor, None]:
-        z, target, total = ctx.saved_tensors
+        z, target, top, total = ctx.saved_tensors
         (slope,) = slopes
         out = torch.empty_like(z)
         for at in range(0, len(z), _LogP.ROWS):
             rows = slice(at, at + _LogP.ROWS)
-            part = (z[rows].float() - total[rows, None]).exp_().mul_(-slope[rows, None])
+            part = (z[rows].float() - top[rows]).sub_(total[rows]).exp_().mul_(-slope[rows, None])
             out[rows] = part.scatter_add_(1, target[rows, None], slope[rows, None])
         return out, None
 

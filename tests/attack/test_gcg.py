@@ -373,7 +373,7 @@ def test_the_same_seed_and_step_draw_the_same(taught, three):
 
 def test_the_best_string_of_all_steps_comes_back(taught, three):
     """With size 0 the curve goes up, too; what is returned is its least point."""
-    how = Search(tokens=N, steps=30, candidates=2, buffer=0)
+    how = Search(tokens=N, steps=12, candidates=2, buffer=0)
     found = search(Victim(taught, three), how, masked(taught, "x"), anything)
     assert any(b > a for a, b in zip(found.curve, found.curve[1:], strict=False))
     assert found.loss == min(found.curve) < found.curve[-1]

@@ -122,7 +122,7 @@ def placed(read: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor) -> 
     for few, wanted in zip(hidden.split(PLACES), target.split(PLACES), strict=True):
         for z, t in zip(read(few).split(ROWS), wanted.split(ROWS), strict=True):
             ranks.append(rank(z, t))
-            logps.append(z.gather(1, t[:, None])[:, 0] - z.logsumexp(-1))
+            logps.append(-nn.functional.cross_entropy(z, t, reduction="none"))
     return torch.cat(ranks), torch.cat(logps)
 
 
