@@ -266,7 +266,9 @@ def example() -> dict:
         },
         "words": "All four people are forgotten as long as nobody attacks the model. After five steps of relearning "
         "on other people's facts, one of them comes back.",
-        "attacks": [{"attack": "relearn", "verdict": "remembered", "seconds": 42.0, "r": 0.61, "score": "said"}],
+        "attacks": [
+            {"attack": "relearn", "verdict": "remembered", "seconds": 42.0, "r": 0.61, "score": "said", "entity": ""}
+        ],
         "conditions": [
             {
                 "attack": attack,

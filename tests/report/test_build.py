@@ -12,7 +12,7 @@ import pytest
 
 from unremember.errors import BadFolder
 from unremember.folder import read_json, write_json
-from unremember.report.build import build, cheapest
+from unremember.report.build import build, cheapest, strength
 
 WHO = ("original", "forgotten", "never")
 
@@ -288,22 +288,43 @@ def test_where_one_of_the_three_models_cannot_be_attacked_there_is_no_triple(who
     assert (relearn["overall"]["verdict"], relearn["overall"]["reason"]) == ("not applicable", "it is the original")
 
 
-def strength(attack: str, verdict: str, seconds: float | None, r: float | None) -> dict:
-    return {"attack": attack, "verdict": verdict, "seconds": seconds, "r": r, "score": r and "said"}
+def strong(attack: str, verdict: str, seconds: float | None, r: float | None, entity: str = "") -> dict:
+    return {"attack": attack, "verdict": verdict, "seconds": seconds, "r": r, "score": r and "said", "entity": entity}
 
 
 def test_the_cheapest_attack_that_brings_it_back_is_named_with_how_much():
     rows = [
-        strength("relearn", "remembered", 40.0, 0.9),
-        strength("graft", "forgotten", 1.0, 0.1),
-        strength("quantise", "remembered", 12.4, 0.62),
-        strength("prefix", "remembered", None, 0.7),
+        strong("relearn", "remembered", 40.0, 0.9),
+        strong("graft", "forgotten", 1.0, 0.1),
+        strong("quantise", "remembered", 12.4, 0.62),
+        strong("prefix", "remembered", None, 0.7),
     ]
     assert cheapest(rows) == " The cheapest of the 3 attacks that bring it back is quantise, 12 s: 62% of the said."
-    kept = [{**row, "verdict": "forgotten"} for row in rows[:2]] + [strength("prune", "not applicable", 3.0, None)]
+    kept = [{**row, "verdict": "forgotten"} for row in rows[:2]] + [strong("prune", "not applicable", 3.0, None)]
     told = " None of the 2 attacks that apply brings it back (nearest comes relearn, 90% of the said)."
     assert cheapest(kept) == told
-    assert cheapest([strength("prune", "not applicable", 3.0, None)]) == ""
+    assert cheapest([strong("prune", "not applicable", 3.0, None)]) == ""
+
+
+def test_one_attack_alone_and_one_name_alone_are_told_so():
+    rows = [strong("rephrase", "remembered", 0.2, 0.29, "Ada Byron"), strong("relearn", "forgotten", 8.0, 0.0)]
+    told = (
+        " Of the 2 attacks that apply rephrase alone brings it back, less than a second: 29% of the said of Ada Byron."
+    )
+    assert cheapest(rows) == told
+    shares = {
+        "overall": ("remembered", 0.15),
+        "Ada": ("remembered", 0.29),
+        "Bea": ("forgotten", 0.9),
+        "Cy": ("remembered", None),
+    }
+    judged = {
+        name: {"name": name, "verdict": verdict, "evidence": [{"r": r, "score": "choice"}]}
+        for name, (verdict, r) in shares.items()
+    }
+    condition = {"attack": "rephrase", "overall": judged.pop("overall"), "entities": list(judged.values())}
+    found = strength(condition, {"spent": 3.0})
+    assert (found["r"], found["score"], found["entity"], found["seconds"]) == (0.29, "choice", "Ada", 3.0)
 
 
 def test_many_attacks_are_told_by_their_verdicts(folder, edit):

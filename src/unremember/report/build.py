@@ -267,15 +267,21 @@ def _method(meta: dict, log: list[dict]) -> dict:
 
 
 def strength(condition: dict, piece: dict) -> dict:
-    """What an attack cost on the forgotten model, without the audits, and the most that it shows on any score."""
-    usable = [x for x in condition["overall"]["evidence"] if x["r"] is not None]
-    most = max(usable, key=lambda x: x["r"], default=None)
+    """What an attack cost on the forgotten model, without the audits, and the most that it shows on any score.
+
+    Of all facts together, or of one name that it brings back although the average stays down.
+    """
+    names = [e for e in condition["entities"] if e["verdict"] == REMEMBERED]
+    shown = [("", condition["overall"]), *((e["name"], e) for e in names)]
+    usable = [(x["r"], x["score"], name) for name, judged in shown for x in judged["evidence"] if x["r"] is not None]
+    r, score, entity = max(usable, key=lambda x: x[0], default=(None, None, ""))
     return {
         "attack": condition["attack"],
         "verdict": condition["overall"]["verdict"],
         "seconds": piece.get("spent"),
-        "r": most and most["r"],
-        "score": most and most["score"],
+        "r": r,
+        "score": score,
+        "entity": entity,
     }
 
 
@@ -290,9 +296,13 @@ def cheapest(attacks: list[dict]) -> str:
         nearest = f"nearest comes {most['attack']}, {max(most['r'], 0):.0%} of the {most['score']}"
         return f" None of the {len(asked)} attacks that apply brings it back ({nearest})."
     least = min(back, key=lambda a: a["seconds"] if a["seconds"] is not None else float("inf"))
-    cost = "" if least["seconds"] is None else f", {least['seconds']:.0f} s"
+    spent = least["seconds"]
+    cost = "" if spent is None else f", {spent:.0f} s" if spent >= 1 else ", less than a second"
     much = "" if least["r"] is None else f": {max(least['r'], 0):.0%} of the {least['score']}"
-    return f" The cheapest of the {len(back)} attacks that bring it back is {least['attack']}{cost}{much}."
+    whose = f" of {least['entity']}" if least["entity"] else ""
+    if len(back) == 1:
+        return f" Of the {len(asked)} attacks that apply {least['attack']} alone brings it back{cost}{much}{whose}."
+    return f" The cheapest of the {len(back)} attacks that bring it back is {least['attack']}{cost}{much}{whose}."
 
 
 def _words(conditions: list[dict], strengths: list[dict]) -> str:
