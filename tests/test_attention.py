@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,27 +65,47 @@ def test_what_sees_nothing_is_a_number(dtype):
     assert grouped(q.to(dtype), k.to(dtype), v.to(dtype), blind, 0.5).isfinite().all()
 
 
+@pytest.fixture
+def module() -> torch.nn.Module:
+    made = torch.nn.Module()
+    made.num_key_value_groups = 3
+    return made
+
+
 @pytest.mark.parametrize(("most", "longest"), [(MOST, 1), (1, LONG)])
-def test_long_rows_and_big_batches_go_to_the_fused_kernel(most, longest, monkeypatch):
-    q, k, v, mask = parts(torch.float32)
-    module = torch.nn.Module()
-    module.num_key_value_groups = 3
+def test_long_rows_and_big_batches_go_to_the_fused_kernel(most, longest, module, monkeypatch):
+    q, k, v, mask = parts(torch.bfloat16)
     short, _ = attend(module, q, k, v, mask, scaling=0.5, dropout=0.0)
     monkeypatch.setattr("unremember.attention.LONG", longest)
     monkeypatch.setattr("unremember.attention.MOST", most)
     monkeypatch.setattr("unremember.attention.grouped", None)  # must not be called
     long, _ = attend(module, q, k, v, mask, scaling=0.5, dropout=0.0)
-    assert torch.allclose(short, long, atol=1e-6)
+    assert torch.allclose(short, long, atol=0.03)
+
+
+def test_float32_goes_to_the_fused_kernel_to_the_bit(module, monkeypatch):
+    monkeypatch.setattr("unremember.attention.grouped", None)
+    q, k, v, mask = parts(torch.float32)
+    ours, _ = attend(module, q, k, v, mask, scaling=0.5, dropout=0.0)
+    repeated = [x.repeat_interleave(3, 1) for x in (k, v)]
+    fused = F.scaled_dot_product_attention(q, *repeated, attn_mask=mask, scale=0.5).transpose(1, 2)
+    assert torch.equal(ours, fused)
 
 
 def test_a_model_says_the_same_with_it(tiny):
-    lm = tiny.copy()
-    assert quick(lm.model).config._attn_implementation == NAME
-    rows = [lm.template.row(a, "Who is it?", a) for a in ("The cat sat here.", "A dog ran away.")]
-    mine, said = lm.logp(pack([rows])), lm.answer(["Who is it?", "What?"], 5)
-    lm.model.set_attn_implementation("sdpa")
-    assert torch.allclose(mine, lm.logp(pack([rows])), atol=1e-5)
-    assert said == lm.answer(["Who is it?", "What?"], 5)
+    """In bfloat16 nearly as near to float32 as with the fused kernel: mean distance 0.019 and 0.016 nats; in float32 the same."""
+    rows = [tiny.template.row(a, "Who is it?", a) for a in ("The cat sat here.", "A dog ran away.")]
+    found = {}
+    for name in (NAME, "sdpa"):
+        exact = tiny.copy()
+        assert quick(exact.model).config._attn_implementation == NAME
+        exact.model.set_attn_implementation(name)
+        lower = replace(exact, precision="bf16")
+        said = lower.answer(["Who is it?", "What?"], 5)
+        found[name] = exact.logp(pack([rows])).detach(), lower.logp(pack([rows])).detach(), said
+    (exact, ours, said), (same, fused, also) = found.values()
+    assert torch.equal(exact, same) and said == also
+    assert 0 < (ours - exact).abs().mean() < 1.5 * (fused - exact).abs().mean() < 0.03
 
 
 def test_a_model_with_other_attention_keeps_its_own(tiny):

@@ -1,4 +1,4 @@
-"""Attention on the CPU as three plain matrix operations, where the fused kernel is at its slowest.
+"""Attention in bfloat16 on the CPU as three plain matrix operations, where the fused kernel is at its slowest.
 
 Torch's fused kernel with an explicit mask (and tries need one) runs at a tenth of the matrix peak on short lanes.  Here
 heads that share a key are rows of one product, the mask is added in place, and the softmax is one call.  The scores of a
@@ -47,7 +47,8 @@ def attend(
     """What transformers calls in every block. settings: its own; dropout is off in every model here."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotation has made them float32
     scores = query.shape[2] * key.shape[2]
-    if scores > LONG or scores * query.shape[0] * query.shape[1] > MOST:
+    exact = value.dtype not in (torch.bfloat16, torch.float16)  # the fused kernel is as fast there
+    if exact or scores > LONG or scores * query.shape[0] * query.shape[1] > MOST:
         mask = None if attention_mask is None else floored(attention_mask, query.dtype)
         return sdpa_attention_forward(module, query, key, value, mask, **settings)
     with torch.autocast(query.device.type, enabled=False):  # it would make the softmax a float32 one, twice the memory

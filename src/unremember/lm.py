@@ -185,7 +185,10 @@ class LM:
 
     def logp(self, tokens: Tokens) -> Tensor:
         """Log-probability of each scored token, float32. -> (N,)"""
-        return _LogP.apply(self.logits(tokens), tokens.target)
+        logits = self.logits(tokens)
+        if logits.dtype == torch.float32:  # nothing to spare: no copy is made
+            return -nn.functional.cross_entropy(logits, tokens.target, reduction="none")
+        return _LogP.apply(logits, tokens.target)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[tuple[int, ...]], new: int, batch: int = 64) -> list[tuple[int, ...]]:
