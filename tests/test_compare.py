@@ -114,6 +114,30 @@ def test_rows_of_other_settings_and_of_other_processes_stay(done, monkeypatch, t
     assert again["wga", 0] == result["rows"][1] and again["npo", 0] == result["rows"][0]
 
 
+def test_a_row_can_be_put_to_more_attacks(done, monkeypatch, tmp_path):
+    """An added attack is all that is left to do, of those that were asked; a changed one makes another row."""
+    whole, result, _ = done
+    more = room.checked({**whole.raw, "attack": {"graft": {}}})
+    assert all(more.fits(row) and not more.whole(row) for row in result["rows"])
+    asked: list[tuple[str, ...]] = []
+    out = tmp_path / "elsewhere"
+    out.mkdir()
+    claim(out)
+    write_json(out / "compare.json", result)
+    some = room.checked({**more.raw, "compare": RAW["compare"] | {"out": str(out), "methods": ["wga"]}})
+    job = SimpleNamespace(method="wga", seed=0, request=SimpleNamespace(corpus=Corpus({"forget": ()})))
+    monkeypatch.setattr(room, "prepared", lambda whole, methods, *_: asked.append(tuple(methods)) or [job])
+    monkeypatch.setattr(room, "done", lambda *_: {})
+    monkeypatch.setattr(room, "row", lambda *_: {**result["rows"][1], "r": {"none": 0.1, "graft": 0.2}})
+    [made] = room.compare(some, inside=True)["rows"]
+    assert asked == [("wga",)] and some.whole(made)
+    assert room.compare(some, inside=True)["rows"] == [made] and asked == [("wga",)]
+    fit, past = room.shelf(some, out / "compare.json")
+    assert fit["wga", 0] == made and fit["npo", 0] == result["rows"][0] and past == []
+    for other in (whole, room.checked({**whole.raw, "attack": {"graft": {"blocks": 2}}})):
+        assert other.fits(made) is (other is whole) and other.fits(result["rows"][1])
+
+
 def test_a_method_that_fails_is_a_row_that_says_so(done, monkeypatch, tmp_path):
     whole, _, _ = done
 

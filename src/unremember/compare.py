@@ -108,17 +108,20 @@ class Comparison:
         return self.out / f"seed-{seed}" / method
 
     @cached_property
-    def keys(self) -> dict[tuple[str, int], str]:
+    def keys(self) -> dict[tuple[str, int], dict]:
         """Those that were worked out already."""
         return {}
 
-    def key(self, method: str, seed: int) -> str:
-        """What a row depends on, said without the places of the corpus and of weights, so that it is the same elsewhere."""
+    def key(self, method: str, seed: int) -> dict:
+        """What a row depends on, said without the places of the corpus and of weights, so that it is the same elsewhere.
+
+        key: of all but the attacks.  attacks: name -> of each, so that a row can be put to more of them.
+        """
         if (method, seed) not in self.keys:
             corpus, model = self.corpus(seed), self.raw["model"]
             some = corpus.with_roles(world=corpus.of("world") or world()[:1])
             r = self.request(method, seed, some, model["name"], model.get("control", ""), "auto")
-            how = (r.method, r.locator, r.budget, r.lora, r.sites, r.chunks, r.attacks, r.rule)
+            how = (r.method, r.locator, r.budget, r.lora, r.sites, r.chunks, r.rule)
             files = [Path(file).read_text(encoding="utf-8") for file in getattr(r.method, "files", ())]
             weights = [contents(name) for name in (model["name"], model.get("control", ""))]
             on = (
@@ -129,17 +132,26 @@ class Comparison:
                 self.settings.watch,
                 seed,
             )
-            self.keys[method, seed] = fingerprint(repr(how), repr(on), files, weights, corpus.fingerprint())
+            self.keys[method, seed] = {
+                "key": fingerprint(repr(how), repr(on), files, weights, corpus.fingerprint()),
+                "attacks": {name: fingerprint(repr(attack)) for name, attack in r.attacks.items()},
+            }
         return self.keys[method, seed]
 
     def fits(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row of an earlier call is one that this comparison would make."""
+        """Whether a row of an earlier call is one that this comparison would make, or a part of it: fewer attacks, or more."""
         if row["failed"] or row["method"] not in METHODS:
             return False
         try:
-            return row.get("key") == self.key(row["method"], row["seed"])
+            mine = self.key(row["method"], row["seed"])
         except BadInput:  # a method that these settings do not allow
             return False
+        theirs = row.get("attacks", {})
+        return row.get("key") == mine["key"] and all(theirs[a] == mine["attacks"].get(a, theirs[a]) for a in theirs)
+
+    def whole(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row that fits has been put to every attack."""
+        return set(self.key(row["method"], row["seed"])["attacks"]) <= set(row["attacks"])
 
     def request(self, method: str, seed: int, corpus: Corpus, model: str, control: str, precision: str) -> Request:
         """The ordinary request of one method and seed."""
@@ -258,7 +270,7 @@ def compare(
     claim(whole.out)
     path = whole.out / "compare.json"
     asked = [(method, seed) for seed in whole.settings.seeds for method in whole.settings.methods]
-    rows, _ = shelf(whole, path)
+    rows = {one: row for one, row in shelf(whole, path)[0].items() if whole.whole(row)}
     mine: dict[tuple[str, int], dict] = {}
     result = {
         "schema": "unremember.compare/1",
@@ -271,7 +283,7 @@ def compare(
         for job in prepared(whole, todo, seed, bench, title) if todo else ():
             at = asked.index((job.method, seed)) + 1
             made = row(job, done(job, f"method {at} of {len(asked)}", bench, title, aside, inside))
-            mine[job.method, seed] = made | {"key": whole.key(job.method, seed)}
+            mine[job.method, seed] = made | whole.key(job.method, seed)
             result["roles"] = {role: len(examples) for role, examples in job.request.corpus.items()}
             there, past = shelf(whole, path)  # read again: another process may have written to it
             write_json(path, result | {"rows": list((there | mine).values()), "past": past})
@@ -279,15 +291,18 @@ def compare(
 
 
 def shelf(whole: Comparison, path: Path) -> tuple[dict[tuple[str, int], dict], list[dict]]:
-    """The rows of compare.json that fit, by method and seed, and those that other settings made, which are kept, too."""
+    """The rows of compare.json that fit, by method and seed, and those that other settings made, which are kept, too.
+
+    Of several rows that fit the one with most attacks stands.
+    """
     known = read_json(path) or {}
-    rows = {
-        (r["method"], r["seed"], r.get("key")): r
-        for r in (*known.get("past", ()), *known.get("rows", ()))
-        if not r["failed"]
-    }
-    fit = {(r["method"], r["seed"]): r for r in rows.values() if whole.fits(r)}
-    return fit, [r for r in rows.values() if not whole.fits(r)]
+    rows = [r for r in (*known.get("past", ()), *known.get("rows", ())) if not r["failed"]]
+    fit: dict[tuple[str, int], dict] = {}
+    for r in (r for r in rows if whole.fits(r)):
+        best = fit.get((r["method"], r["seed"]), r)
+        fit[r["method"], r["seed"]] = r if len(r["attacks"]) >= len(best["attacks"]) else best
+    past = {(r["method"], r["seed"], r.get("key"), repr(r.get("attacks"))): r for r in rows if not whole.fits(r)}
+    return fit, list(past.values())
 
 
 def done(

@@ -53,14 +53,14 @@ def lines(result: dict) -> list[dict]:
         if good:
             line |= {
                 "reached": sum(r["reached"] for r in good),
-                "verdicts": {a: [r["verdicts"][a] for r in good] for a in good[0]["verdicts"]},
-                "reasons": {a: [r["reasons"][a] for r in good] for a in good[0]["reasons"]},
+                "verdicts": attacked(good, "verdicts"),
+                "reasons": attacked(good, "reasons"),
                 "settings": good[0]["settings"],
                 **{
                     key: spread([r[key] for r in good])
                     for key in ("kept", "said", "leaked", "world", "prose", "steps", "seconds", "peak bytes")
                 },
-                "back": {a: spread([r["r"].get(a) for r in good]) for a in good[0]["r"]},
+                "back": {a: spread(found) for a, found in attacked(good, "r").items()},
                 **{
                     f"kept at {r}": spread([x["at"][r]["kept"] for x in good if x["at"][r]])
                     for r in ("0.5", "0.25", "0.1")
@@ -68,6 +68,11 @@ def lines(result: dict) -> list[dict]:
             }
         out.append(line)
     return out
+
+
+def attacked(rows: Sequence[dict], key: str) -> dict[str, list]:
+    """Attack -> what the rows say under it; a row that was not put to it says nothing."""
+    return {a: [r[key][a] for r in rows if a in r[key]] for a in dict.fromkeys(a for r in rows for a in r[key])}
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
