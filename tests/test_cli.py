@@ -189,7 +189,7 @@ def test_room_by_room_is_the_whole_job(said, place):
     code, out, _ = said("run", "request.toml")
     assert code == 0 and Path("out/report.json").read_text() == words
     assert [line for line in out.splitlines() if line.startswith("▸")] == ["▸ report"]
-    for part in ("verdict", "unattacked", "rephrase", "all", "Megan Krause", "report: out/report.html"):
+    for part in ("verdict", "unattacked", "rephrase", "report: out/report.html"):
         assert part in out
     code, out, _ = said("run", "out", "--set", "rule.tolerance=0.5")  # the folder is a request, too
     assert code == 0 and [line for line in out.splitlines() if line.startswith("▸")] == ["▸ report"]
@@ -217,3 +217,20 @@ def test_ctrl_c_says_that_it_goes_on(tmp_path):
     assert process.returncode == 130
     told = " ".join(err.split())
     assert "Interrupted." in told and "the same command again goes on from there" in told and "Traceback" not in told
+
+
+def test_the_verdict_names_who_is_not_forgotten_under_each_attack(capsys, tmp_path):
+    def condition(attack: str, overall: str, **people: str) -> dict:
+        entities = [{"name": name, "verdict": verdict} for name, verdict in people.items()]
+        return {"attack": attack, "overall": {"verdict": overall}, "entities": entities}
+
+    people = {name: "remembered" for name in "ABCDEF"}
+    conditions = [
+        condition("none", "forgotten", A="forgotten"),
+        condition("lens", "remembered", **people, G="forgotten"),
+    ]
+    cli._verdict({"conditions": conditions, "words": "In words.", "method": {"stop": ""}}, tmp_path)
+    first, second = [
+        " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if "forgotten" in line or "lens" in line
+    ]
+    assert (first, second) == ("unattacked forgotten", "lens remembered A, B, C, D and 2 more")

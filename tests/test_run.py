@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from unremember import run as room
+from unremember import table
 from unremember.attack import Relearn, Rephrase
 from unremember.audit import AUDITS, EVIDENCE, UTILITY
 from unremember.bench import Bench
@@ -23,7 +24,7 @@ from unremember.corpus import Corpus
 from unremember.errors import BadFolder, BadRequest
 from unremember.folder import cache, read_json, write_json
 from unremember.forget import Ascent
-from unremember.lm import load
+from unremember.lm import LM, load
 from unremember.locate.gradients import Gradients
 from unremember.locate.ranking import Budget, Ranking, select
 from unremember.request import Lora, Request, again
@@ -541,3 +542,39 @@ def test_an_attack_that_does_not_apply_is_a_piece_that_says_so(late, demo_run, t
     piece = json.loads((folder / "attack" / name / "original.json").read_text())
     assert piece["refused"] == ("no such level" if late else "nothing differs") and piece["scores"] == []
     assert run.kept(*run.attacked(name, "original"))  # not tried again
+
+
+@dataclass(frozen=True)
+class Reworded:
+    """An attack that asks the first fact in other words, and leaves the weights alone."""
+
+    needs = ("forget",)
+    paper = ""
+    summary = "for this test"
+
+    def __call__(self, lm, corpus, original, bench):
+        first, *rest = corpus["forget"]
+        return lm, corpus.with_roles(forget=(replace(first, prompt=f"Well, {first.prompt}"), *rest))
+
+
+def test_an_attack_on_the_same_weights_asks_only_what_was_not_asked_before(demo_run, tmp_path, monkeypatch):
+    """In another process, too; what it finds is what it would find without any memory."""
+    folder = tmp_path / "run"
+    shutil.copytree(demo_run.folder, folder)
+    wanted, scores, asked = replace(demo_run.request, out=folder, attacks={"reworded": Reworded()}), [], []
+    table_of, generate = table.read, LM.generate
+    monkeypatch.setattr(table, "read", lambda lm, rows, bench: asked.append(len(rows)) or table_of(lm, rows, bench))
+    monkeypatch.setattr(LM, "generate", lambda lm, x, *how: asked.append(len(x)) or generate(lm, x, *how))
+    for remembered in (True, False):
+        Run(wanted, Bench()).attack("reworded", "forgotten")
+        piece = folder / "attack" / "reworded" / "forgotten.json"
+        scores.append(read_json(piece)["scores"])
+        if remembered:
+            assert (folder / "memory" / "forgotten.json").exists()
+            few, asked[:] = sum(asked), []
+            piece.unlink()
+            shutil.rmtree(folder / "memory")
+    options = 1 + len(wanted.corpus["forget"][0].distractors)
+    assert 0 < few <= options + 2 and few < sum(asked) / 10
+    for one, other in zip(*scores, strict=True):
+        assert one["per_example"] == pytest.approx(other["per_example"], abs=1e-4)

@@ -1,5 +1,6 @@
 """Tables: the numbers are those of a slow obvious pass, known ends are hit, nothing is read twice or changed."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 
 from unremember.bench import Bench
 from unremember.lm import LM
-from unremember.table import Reading, answers, moments, read, table
+from unremember.table import Reading, answers, kept, moments, read, recalled, table
 
 FIELDS = ("logp", "hit", "mean", "sd", "span")
 
@@ -195,3 +196,20 @@ def test_broken_weights_are_reported(tiny, rows):
         broken.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="tiny gives probabilities that are not finite"):
         read(broken, rows)
+
+
+def test_what_is_kept_is_given_back_bit_for_bit(tiny, moved, rows):
+    """Through JSON into another bench, where nothing is read or said again; another model gets nothing of it."""
+    first, (second, calls), (third, more) = Bench(), counted(), counted()
+    prompts = [row.ids[: row.start] for row in rows[:4]]
+    found, said = table(tiny, rows, first), answers(tiny, prompts, 5, first)
+    for lm, bench in ((tiny, second), (moved, third)):
+        recalled(lm, json.loads(json.dumps(kept(tiny, first))), bench)
+    again = table(tiny, rows, second)
+    assert answers(tiny, prompts, 5, second) == said and not calls
+    for a, b in zip(found, again, strict=True):
+        for name in FIELDS:
+            one, other = getattr(a, name), getattr(b, name)
+            assert one.dtype == other.dtype and np.array_equal(one, other)
+    table(moved, rows[:2], third)
+    assert "read" in more

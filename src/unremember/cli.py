@@ -25,6 +25,7 @@ Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change one value of the request; repeatable.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write here instead of run.out.")]
+NAMED = 4  # people who are named behind a verdict
 Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1 …")]
 
 
@@ -458,17 +459,18 @@ def _stages(file: Path, changes: list[str] | None, out: Path | None, device: str
 
 def _verdict(built: dict, page: Path) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     colours = {"forgotten": "green", "remembered": "red", "over-forgotten": "yellow", "not applicable": "dim"}
     console = Console(highlight=False)
-    grid = Table(title="verdict", title_justify="left", box=None, pad_edge=False, header_style="dim")
-    grid.add_column("")
-    for condition in built["conditions"]:
-        grid.add_column("unattacked" if condition["attack"] == "none" else condition["attack"])
-    rows = zip(*([c["overall"], *c["entities"]] for c in built["conditions"]), strict=True)
-    for row in rows:
-        grid.add_row(row[0]["name"], *(f"[{colours[v['verdict']]}]{v['verdict']}[/]" for v in row))
+    grid = Table(title="verdict", title_justify="left", box=None, pad_edge=False, show_header=False)
+    for condition in built["conditions"]:  # a line each: there can be many, and many people, too
+        attack, word = condition["attack"], condition["overall"]["verdict"]
+        others = [x for x in condition["entities"] if x["verdict"] != "forgotten"]
+        names = ", ".join(f"[{colours[x['verdict']]}]{escape(x['name'])}[/]" for x in others[:NAMED])
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        grid.add_row("unattacked" if attack == "none" else attack, f"[{colours[word]}]{word}[/]", names + more)
     console.print()
     console.print(grid)
     console.print()

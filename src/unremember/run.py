@@ -35,6 +35,7 @@ from unremember.lm import LM, auto_precision, check, load
 from unremember.locate.ranking import Ranking, select
 from unremember.request import Request
 from unremember.sites import EVERYWHERE, Sites
+from unremember.table import kept, recalled
 
 STAGES = ("audit", "locate", "forget", "attack", "report")
 SHOWN = 20  # best units that locate.json names
@@ -153,7 +154,13 @@ class Run:
             r = self.request
             name = {"original": r.model, "forgotten": str(self.out / "model"), "never": r.control}[who]
             self.loaded[who] = load(name, template=r.template, precision=self.precision, device=self.bench.device)
+            if known := read_json(self.memory(who)):
+                recalled(self.loaded[who], known, self.bench)
         return self.loaded[who]
+
+    def memory(self, who: str) -> Path:
+        """Where a model's readings and answers are kept: an attack that leaves its weights alone asks much of it again."""
+        return self.out / "memory" / f"{who}.json"
 
     def kept(self, path: Path, made_from: str) -> bool:
         piece = read_json(path)
@@ -216,6 +223,9 @@ class Run:
             piece["spent"] = spent
         if team.rank() == 0:
             write_json(path, piece)
+            for who, own in self.loaded.items():
+                if own.fingerprint == lm.fingerprint:
+                    write_text(self.memory(who), json.dumps(kept(own, self.bench), separators=(",", ":")))
         team.wait()
 
     def locate(self) -> None:
@@ -318,7 +328,7 @@ def lay(source: Path, target: Path) -> None:
 
     Where they fit, which their fingerprints tell, they are not made again there; elsewhere they are replaced.
     """
-    for place in ("audit", "attack/*"):
+    for place in ("audit", "attack/*", "memory"):
         for who in ("original", "never"):
             for path in source.glob(f"{place}/{who}.json"):
                 copy = target / path.relative_to(source)

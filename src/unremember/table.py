@@ -2,7 +2,8 @@
 
 Per scored token: log-probability, whether it is the arg-max, and the mean and standard deviation of log p(v) for v drawn from
 the model's own distribution (Min-K%++ of Zhang et al. 2025 needs them).  Content tokens only: no prompt, no end mark, no
-chat template.  Tables are remembered by content hash of model and row, so no row is ever read twice by the same model.
+chat template.  Tables are remembered by content hash of model and row, so no row is ever read twice by the same model; `kept` and
+`recalled` carry what is remembered into another process.
 """
 
 from __future__ import annotations
@@ -126,3 +127,29 @@ def answers(lm: LM, prompts: Sequence[tuple[int, ...]], new: int, bench: Bench =
     """Greedy answers to token prompts, as text."""
     said = continuations(lm, [(p, new) for p in prompts], bench)
     return [lm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
+
+
+def kept(lm: LM, bench: Bench = BENCH) -> dict:
+    """What the bench remembers of a model's readings and answers, as plain JSON; exact, a float32 being a float64."""
+    readings, said = (bench.memory.get(f"{lm.fingerprint}/{part}", {}) for part in ("read", "say"))
+    return {
+        "fingerprint": lm.fingerprint,
+        "read": {key: [column.tolist() for column in vars(x).values()] for key, x in readings.items()},
+        "say": [[list(ids), new, list(answer)] for (ids, new), answer in said.items()],
+    }
+
+
+def recalled(lm: LM, known: dict, bench: Bench = BENCH) -> None:
+    """Give the bench back what was `kept` of this model; what was kept of another, or of other weights, is left."""
+    if known["fingerprint"] != lm.fingerprint:
+        return
+    kinds = (np.float32, bool, np.float32, np.float32, bool)
+    bench.memory.setdefault(f"{lm.fingerprint}/read", {}).update(
+        {
+            key: Reading(*(np.array(x, dtype=kind) for x, kind in zip(columns, kinds, strict=True)))
+            for key, columns in known["read"].items()
+        }
+    )
+    bench.memory.setdefault(f"{lm.fingerprint}/say", {}).update(
+        {(tuple(ids), new): tuple(answer) for ids, new, answer in known["say"]}
+    )

@@ -109,11 +109,15 @@ def test_without_attacks_there_is_no_such_drawing(result):
 
 
 def test_the_table_for_a_readme_counts_verdicts_and_tells_failures(result):
-    result["rows"][1]["verdicts"] = {"none": "forgotten", "relearn": "forgotten"}
+    """Under attack a seed has the worst that was said of it: the second one's is under prune."""
+    first, second = result["rows"][:2]
+    first["verdicts"] = {"none": "forgotten", "relearn": "forgotten"}
+    second["verdicts"] = {"none": "forgotten", "relearn": "forgotten", "prune": "remembered"}
+    first["r"], second["r"] = {"none": 0.01, "relearn": 0.1}, {"none": 0.01, "relearn": -0.1, "prune": 0.26}
     head, _, npo, _, wild = markdown(result).splitlines()
-    assert head.startswith("| method | level | unattacked | relearn | facts kept |")
+    assert head.startswith("| method | level | unattacked | attacked | most back, R | facts kept |")
     assert npo.startswith(
-        "| `npo` | 2 of 2 | forgotten | 1 remembered, 1 forgotten | 0.80 (0.70 to 0.90) | 0.81 | +0.02 |"
+        "| `npo` | 2 of 2 | forgotten | 1 forgotten, 1 remembered | prune 0.26 | 0.80 (0.70 to 0.90) | 0.81 | +0.02 |"
     )
     assert wild.startswith("| `wild` | failed: training diverged at step 3 |")
     assert len({row.count("|") for row in (head, npo, wild)}) == 1

@@ -17,6 +17,7 @@ from unremember.report.html import number, slug
 from unremember.report.plots import COLOURS, INK, PALE, SOFT, WIDTH, short, svg
 
 COLUMNS = 3  # panels side by side, on a figure as wide as three of the report's
+WORST = ("remembered", "over-forgotten", "forgotten")  # first
 REACHED, NOT = COLOURS["forgotten"], COLOURS["remembered"]
 
 
@@ -102,17 +103,34 @@ def csv(result: dict) -> str:
 
 
 def markdown(result: dict) -> str:
-    """The table of the page, for a README: a line a method, mean over its seeds (lowest to highest)."""
-    attacks = sorted({a for row in result["rows"] for a in row.get("verdicts", ())}, key=lambda a: (a != "none", a))
-    heads = ["method", "level", *("unattacked" if a == "none" else a for a in attacks)]
-    heads += ["facts kept", "world", "prose, nats", "still said", "steps", "seconds", "peak GB"]
+    """The table of the page, for a README: a line a method, mean over its seeds (lowest to highest).
+
+    All attacks are one column, where a seed has the worst that was said of it, and one for what brings most back.
+    """
+    heads = [
+        "method",
+        "level",
+        "unattacked",
+        "attacked",
+        "most back, R",
+        "facts kept",
+        "world",
+        "prose, nats",
+        "still said",
+    ]
+    heads += ["steps", "seconds", "peak GB"]
     rows = [heads, ["---"] * len(heads)]
+    most = {x["method"]: x for x in withstood(result)}
+    seeds = methods(result)
     for line in lines(result):
+        name = line["method"]
         if "reached" not in line:
             why = " ".join("; ".join(line["failed"]).split()).replace("|", "\\|")
-            rows.append([f"`{line['method']}`", f"failed: {why}"] + [""] * (len(heads) - 2))
+            rows.append([f"`{name}`", f"failed: {why}"] + [""] * (len(heads) - 2))
             continue
-        words = [", ".join(counted(line["verdicts"].get(a, []))) for a in attacks]
+        words = [", ".join(counted(line["verdicts"].get("none", []))) or "–"]
+        words.append(", ".join(counted([x for row in seeds[name] if (x := under_attack(row))])) or "–")
+        words.append(back(most.get(name)))
         numbers = [
             ranged(line["kept"]),
             ranged(line["world"]),
@@ -124,8 +142,21 @@ def markdown(result: dict) -> str:
             ranged(line["seconds"], "{:.0f}"),
             ranged(line["peak bytes"], "{:.1f}", 1e-9),
         ]
-        rows.append([f"`{line['method']}`", f"{line['reached']} of {line['seeds']}", *words, *numbers, *costs])
+        rows.append([f"`{name}`", f"{line['reached']} of {line['seeds']}", *words, *numbers, *costs])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def back(found: dict | None) -> str:
+    """What brings most back, and how much; one of `withstood`."""
+    if found is None:
+        return "–"
+    return f"{'unattacked' if found['worst'] == 'none' else found['worst']} " + f"{found['most']:.2f}".replace("-", "−")
+
+
+def under_attack(row: dict) -> str:
+    """The worst verdict under any attack; empty where there was none."""
+    words = {word for attack, word in row.get("verdicts", {}).items() if attack != "none"}
+    return next((word for word in (*WORST, *sorted(words)) if word in words), "")
 
 
 def counted(words: Sequence[str]) -> list[str]:
