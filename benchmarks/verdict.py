@@ -1,10 +1,10 @@
 """`python -m benchmarks.verdict --model tiny --seeds 3`: is the verdict right on models whose truth is known?
 
 For each seed other people are made up and an original and its never-taught control are taught, as in the demo; every case of
-embedded/liars.py is then judged like any other model, unattacked and under the demo's attacks.  Printed: what was said, case
-by attack, and the rates of error with n and Wilson's 95 % interval over cases; a second opinion on every case, which the
-verdict does not know: told half of the forgotten facts, the share of the other half that comes back (0 = never taught, 1 = the
-original).
+embedded/liars.py is then judged like any other model, unattacked and under the demo's attacks or those that are named.
+Printed: what was said, case by attack, and the rates of error with n and Wilson's 95 % interval over cases; a second opinion on
+every case, which the verdict does not know: told half of the forgotten facts, the share of the other half that comes back
+(0 = never taught, 1 = the original).
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import json
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
-from unremember.attack import Graft, Relearn, Rephrase
+from unremember.attack import ATTACKS, SUITES
+from unremember.attack import PRESETS as SETTINGS
 from unremember.bench import Bench
 from unremember.demo import PRESETS, Base, known, pair, taught
 from unremember.embedded.dossier import dossier, lessons
@@ -35,8 +38,10 @@ from unremember.meta import Case, Court, Told, markdown, plain
 DEMOS = {"smollm2-135m": "smollm2", "tiny": "tiny"}
 
 
-def trial(model: str, seed: int, folder: Path, only: str, opinion: bool) -> tuple[list[Told], dict[str, float]]:
-    """What is said of every case of one seed, and the second opinion on each."""
+def trial(
+    model: str, seed: int, folder: Path, names: Sequence[str], only: str, opinion: bool
+) -> tuple[list[Told], dict[str, float]]:
+    """What is said of every case of one seed under the named attacks, and the second opinion on each."""
     p, bench = PRESETS[DEMOS[model]], Bench()
     precision = auto_precision() if p.precision == "auto" else p.precision
     base = Base(p.model, precision, bench, lambda text: print(f"  {text}", flush=True))
@@ -47,8 +52,8 @@ def trial(model: str, seed: int, folder: Path, only: str, opinion: bool) -> tupl
     }
     original, never = (load(str(folders[who]), precision=precision) for who in ("original", "never-taught"))
     corpus = people.with_roles(prose=prose(), world=known(base, p.worlds), replay=replay())
-    attacks = {"graft": Graft(1), "relearn": p.relearn, "rephrase": p.rephrase}
-    assert isinstance(p.relearn, Relearn) and isinstance(p.rephrase, Rephrase)
+    attacks = {name: TypeAdapter(ATTACKS[name]).validate_python(SETTINGS[name]) for name in names}
+    attacks |= {name: own for name, own in (("relearn", p.relearn), ("rephrase", p.rephrase)) if name in names}
     court = Court(original, never, corpus, attacks)
     school = School(base.lm, p.teach, corpus, p.wordings, bench)
     recipe, found, back = RECIPES[model], [], {}
@@ -74,16 +79,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.verdict", description=__doc__)
     parser.add_argument("--model", choices=sorted(RECIPES), default="tiny")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--attacks", default="graft,relearn,rephrase", help="comma-separated, or the name of a suite")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--no-opinion", action="store_true", help="leave out the second opinion")
     parser.add_argument("--keep", type=Path, help="a folder in which all run folders stay")
     parser.add_argument("--out", type=Path, default=Path("runs/verdict.json"))
     args = parser.parse_args()
+    names = SUITES.get(args.attacks) or tuple(args.attacks.split(","))
+    if strange := [name for name in names if name not in ATTACKS]:
+        parser.error(f"--attacks {', '.join(strange)}: unknown; allowed are {', '.join((*SUITES, *ATTACKS))}")
     keep_memory()
     began, found, opinions = time.monotonic(), [], []
     for seed in range(args.seeds):
         with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as name:
-            told, back = trial(args.model, seed, Path(name), args.only, not args.no_opinion)
+            told, back = trial(args.model, seed, Path(name), names, args.only, not args.no_opinion)
         found += told
         opinions.append(back)
     if not found:
