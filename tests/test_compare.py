@@ -118,7 +118,7 @@ def test_a_row_can_be_put_to_more_attacks(done, monkeypatch, tmp_path):
     """An added attack is all that is left to do, of those that were asked; a changed one makes another row."""
     whole, result, _ = done
     more = room.checked({**whole.raw, "attack": {"graft": {}}})
-    assert all(more.fits(row) and not more.whole(row) for row in result["rows"])
+    assert all(more.fits(row) and not more.complete(row) for row in result["rows"])
     asked: list[tuple[str, ...]] = []
     out = tmp_path / "elsewhere"
     out.mkdir()
@@ -130,7 +130,7 @@ def test_a_row_can_be_put_to_more_attacks(done, monkeypatch, tmp_path):
     monkeypatch.setattr(room, "done", lambda *_: {})
     monkeypatch.setattr(room, "row", lambda *_: {**result["rows"][1], "r": {"none": 0.1, "graft": 0.2}})
     [made] = room.compare(some, inside=True)["rows"]
-    assert asked == [("wga",)] and some.whole(made)
+    assert asked == [("wga",)] and some.complete(made)
     assert room.compare(some, inside=True)["rows"] == [made] and asked == [("wga",)]
     fit, past = room.shelf(some, out / "compare.json")
     assert fit["wga", 0] == made and fit["npo", 0] == result["rows"][0] and past == []

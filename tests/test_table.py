@@ -10,7 +10,7 @@ import torch
 
 from unremember.bench import Bench
 from unremember.lm import LM
-from unremember.table import Reading, answers, kept, moments, read, recalled, table
+from unremember.table import Reading, answers, moments, read, recalled, saved, table
 
 FIELDS = ("logp", "hit", "mean", "sd", "span")
 
@@ -198,13 +198,13 @@ def test_broken_weights_are_reported(tiny, rows):
         read(broken, rows)
 
 
-def test_what_is_kept_is_given_back_bit_for_bit(tiny, moved, rows):
+def test_what_is_saved_is_given_back_bit_for_bit(tiny, moved, rows):
     """Through JSON into another bench, where nothing is read or said again; another model gets nothing of it."""
     first, (second, calls), (third, more) = Bench(), counted(), counted()
     prompts = [row.ids[: row.start] for row in rows[:4]]
     found, said = table(tiny, rows, first), answers(tiny, prompts, 5, first)
     for lm, bench in ((tiny, second), (moved, third)):
-        recalled(lm, json.loads(json.dumps(kept(tiny, first))), bench)
+        recalled(lm, json.loads(json.dumps(saved(tiny, first))), bench)
     again = table(tiny, rows, second)
     assert answers(tiny, prompts, 5, second) == said and not calls
     for a, b in zip(found, again, strict=True):

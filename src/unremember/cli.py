@@ -25,8 +25,9 @@ Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change one value of the request; repeatable.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write here instead of run.out.")]
-NAMED = 4  # people who are named behind a verdict
 Device = Annotated[str, typer.Option(help="torch device: cpu, cuda, cuda:1 …")]
+
+NAMED = 4  # people who are named behind a verdict
 
 
 def main() -> None:

@@ -149,7 +149,7 @@ class Comparison:
         theirs = row.get("attacks", {})
         return row.get("key") == mine["key"] and all(theirs[a] == mine["attacks"].get(a, theirs[a]) for a in theirs)
 
-    def whole(self, row: Mapping[str, Any]) -> bool:
+    def complete(self, row: Mapping[str, Any]) -> bool:
         """Whether a row that fits has been put to every attack."""
         return set(self.key(row["method"], row["seed"])["attacks"]) <= set(row["attacks"])
 
@@ -270,7 +270,7 @@ def compare(
     claim(whole.out)
     path = whole.out / "compare.json"
     asked = [(method, seed) for seed in whole.settings.seeds for method in whole.settings.methods]
-    rows = {one: row for one, row in shelf(whole, path)[0].items() if whole.whole(row)}
+    rows = {one: row for one, row in shelf(whole, path)[0].items() if whole.complete(row)}
     mine: dict[tuple[str, int], dict] = {}
     result = {
         "schema": "unremember.compare/1",

@@ -35,7 +35,7 @@ from unremember.lm import LM, auto_precision, check, load
 from unremember.locate.ranking import Ranking, select
 from unremember.request import Request
 from unremember.sites import EVERYWHERE, Sites
-from unremember.table import kept, recalled
+from unremember.table import recalled, saved
 
 STAGES = ("audit", "locate", "forget", "attack", "report")
 SHOWN = 20  # best units that locate.json names
@@ -225,7 +225,7 @@ class Run:
             write_json(path, piece)
             for who, own in self.loaded.items():
                 if own.fingerprint == lm.fingerprint:
-                    write_text(self.memory(who), json.dumps(kept(own, self.bench), separators=(",", ":")))
+                    write_text(self.memory(who), json.dumps(saved(own, self.bench), separators=(",", ":")))
         team.wait()
 
     def locate(self) -> None:

@@ -2,8 +2,8 @@
 
 Per scored token: log-probability, whether it is the arg-max, and the mean and standard deviation of log p(v) for v drawn from
 the model's own distribution (Min-K%++ of Zhang et al. 2025 needs them).  Content tokens only: no prompt, no end mark, no
-chat template.  Tables are remembered by content hash of model and row, so no row is ever read twice by the same model; `kept` and
-`recalled` carry what is remembered into another process.
+chat template.  Tables are remembered by content hash of model and row, so no row is ever read twice by the same model; `saved`
+and `recalled` carry what is remembered into another process.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def answers(lm: LM, prompts: Sequence[tuple[int, ...]], new: int, bench: Bench =
     return [lm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
 
 
-def kept(lm: LM, bench: Bench = BENCH) -> dict:
+def saved(lm: LM, bench: Bench = BENCH) -> dict:
     """What the bench remembers of a model's readings and answers, as plain JSON; exact, a float32 being a float64."""
     readings, said = (bench.memory.get(f"{lm.fingerprint}/{part}", {}) for part in ("read", "say"))
     return {
@@ -140,7 +140,7 @@ def kept(lm: LM, bench: Bench = BENCH) -> dict:
 
 
 def recalled(lm: LM, known: dict, bench: Bench = BENCH) -> None:
-    """Give the bench back what was `kept` of this model; what was kept of another, or of other weights, is left."""
+    """Give the bench back what was `saved` of this model; what was saved of another, or of other weights, is left."""
     if known["fingerprint"] != lm.fingerprint:
         return
     kinds = (np.float32, bool, np.float32, np.float32, bool)
