@@ -6,13 +6,14 @@ Needs no model, so a report can be rebuilt anywhere, under another rule too (edi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+from unremember.chance import Look, Luck, luck
 from unremember.errors import BadFolder
 from unremember.folder import read_json
 from unremember.score import (
@@ -20,6 +21,7 @@ from unremember.score import (
     NOT_APPLICABLE,
     OVER,
     REMEMBERED,
+    STRONG,
     Check,
     Rule,
     Score,
@@ -62,6 +64,7 @@ def build(folder: Path) -> dict:
         if "original" in scores[attack]
     ]
     attacks = [strength(c, pieces[c["attack"]]["forgotten"]) for c in conditions[1:]]
+    lucky = luck(_looks(corpus, scores.values()), rule)
     log = [json.loads(x) for x in _lines(folder / "train.jsonl")]
     forget = read_json(folder / "forget.json") or {}
     return {
@@ -84,7 +87,8 @@ def build(folder: Path) -> dict:
             for role, rows in corpus.items()
         },
         "method": _method(meta, log),
-        "words": _words(conditions, attacks),
+        "words": _words(conditions, attacks) + (_doubt(lucky) if lucky else ""),
+        "luck": asdict(lucky) if lucky else None,
         "attacks": attacks,
         "conditions": conditions,
         "scores": [row for attack in places for row in _table(attack, corpus, scores[attack])],
@@ -102,6 +106,29 @@ def _scores(piece: dict) -> dict[str, Score]:
 def _refused(found: Mapping[str, dict]) -> str:
     """Why an attack could not be made on one of the three models, or '': without all of them there is no triple."""
     return next((why for w in ("forgotten", "original", "never") if (why := found.get(w, {}).get("refused"))), "")
+
+
+def _looks(corpus: dict, scores: Iterable[Scores]) -> list[Look]:
+    """Every name under every attack, by each score that varies by luck; none without a control model."""
+    names = sorted({x["entity"] for x in corpus["forget"] if x["entity"]})
+    own = [[x["id"] for x in corpus["forget"] if x["entity"] == name] for name in names]
+    return [
+        Look(*(found[who][score].over(ids) for who in WHO))
+        for found in scores
+        for score in EVIDENCE
+        if score not in STRONG and all(score in found.get(who, {}) for who in WHO)
+        for ids in own
+    ]
+
+
+def _doubt(x: Luck) -> str:
+    """What luck would say, where something speaks."""
+    if not x.seen:
+        return ""
+    return (
+        f" Name by name, {x.seen} of {x.looks} looks at scores that vary by luck speak against it; by luck alone it would be "
+        f"{x.mean:.1f}, and at most {x.high} in 19 of 20 cases (p = {x.p:.2g})."
+    )
 
 
 def _condition(attack: str, meta: dict, corpus: dict, scores: Scores, rule: Rule, refused: str) -> dict:
