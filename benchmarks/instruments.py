@@ -101,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.instruments", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--steps", type=int, default=14, help="of teaching, each shadow")
+    parser.add_argument("--only", default="", help="parts whose name holds this text")
     args = parser.parse_args()
     keep_memory()
     wanted = again(args.run)
@@ -117,6 +118,8 @@ def main() -> None:
         ),
     }
     for name, part in parts.items():
+        if args.only not in name:
+            continue
         began = time.perf_counter()
         found = part()
         print(
