@@ -1,12 +1,12 @@
 """`python -m benchmarks.instruments RUN`: exposure, LiRA, a tuned lens and a sparse autoencoder on the models of a run on people.
 
 exposure    the telephone numbers of all people as canaries, among 2,000 random ones; three models
-LiRA        eight shadows of the default model, each taught half of the forget and holdout people; three models.  Shadows are
+LiRA        eight shadows, each taught the retained people and half of the forget and holdout facts; three models.  Shadows are
             kept in RUN-shadows, so that a run that was stopped goes on
 tuned lens  tuned on two thirds of the prose; nats from what the model says to what the lens shows, on the last third
 autoencoder on what leaves the middle block, learnt on the world questions' and prose's tokens, read on the people's
 
-Printed as JSON, with n and intervals over people.
+Printed as JSON: means of exposure with intervals over people, LiRA's AUC with one over whole people, the others as they are.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def exposed(models: dict[str, LM], corpus: Corpus, bench: Bench) -> dict:
 
 def shadowed(models: dict[str, LM], corpus: Corpus, base: LM, folder: Path, steps: int, bench: Bench) -> dict:
     """AUC of offline LiRA, forget against holdout, whole people in and out of the intervals together."""
-    both = Corpus({role: corpus[role] for role in ("forget", "holdout")})
-    audit = Shadows(base, Plan(steps=steps, lr=3e-4, batch=24, warmup=2, schedule="linear"), count=8, folder=folder)
+    both = Corpus({role: corpus[role] for role in ("forget", "holdout", "retain")})
+    plan = Plan(steps=steps, lr=3e-4, batch=24, warmup=2, schedule="linear")
+    audit = Shadows(base, plan, count=8, always=("retain",), folder=folder)
     units, found = {x.id: x.entity for x in both.of("forget", "holdout")}, {}
     for who, lm in models.items():
         score = audit(lm, both, bench)
@@ -62,7 +63,7 @@ def shadowed(models: dict[str, LM], corpus: Corpus, base: LM, folder: Path, step
         found[who] = {"AUC": auc.value, "interval": (auc.low, auc.high), "by chance": auc.null, "people": auc.units}
         found[who] |= {
             f"mean z, {role}": float(np.mean([score.per_example[i] for i in ids]))
-            for role, ids in zip(both, sides, strict=True)
+            for role, ids in zip(("forget", "holdout"), sides, strict=True)
         }
     return found
 
@@ -100,7 +101,8 @@ def sparse(lm: LM, corpus: Corpus, bench: Bench) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.instruments", description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, default=14, help="of teaching, each shadow")
+    parser.add_argument("--base", default="smollm2-135m", help="what the run's models were taught from")
+    parser.add_argument("--steps", type=int, default=16, help="of teaching, each shadow")
     parser.add_argument("--only", default="", help="parts whose name holds this text")
     args = parser.parse_args()
     keep_memory()
@@ -108,7 +110,7 @@ def main() -> None:
     precision, bench = (read_json(args.run / "run.json") or {})["precision"], Bench()
     names = {"original": wanted.model, "forgotten": str(args.run / "model"), "never taught": wanted.control}
     models = {who: load(name, template=wanted.template, precision=precision) for who, name in names.items() if name}
-    base = replace(load("smollm2-135m", precision=precision), template=models["original"].template)
+    base = replace(load(args.base, precision=precision), template=models["original"].template)
     parts = {
         "exposure": lambda: exposed(models, wanted.corpus, bench),
         "tuned lens": lambda: lensed(models["original"], bench),

@@ -138,6 +138,31 @@ def test_a_row_can_be_put_to_more_attacks(done, monkeypatch, tmp_path):
         assert other.fits(made) is (other is whole) and other.fits(result["rows"][1])
 
 
+def test_no_row_is_lost_whatever_is_asked(done, tmp_path):
+    """Of rows that fit, the one that covers what is asked stands; what it does not cover stays beside it."""
+    whole, result, _ = done
+    first = result["rows"][0]
+
+    def asks(*attacks: str) -> room.Comparison:
+        return room.checked({**whole.raw, "attack": {a: {} for a in attacks}})
+
+    def tried(*attacks: str) -> dict:
+        return {**first, **asks(*attacks).key("npo", 0)}
+
+    path = tmp_path / "compare.json"
+    write_json(path, {"rows": [tried("graft", "lens")], "past": []})
+    fit, past = room.shelf(asks("graft", "quantise"), path, tried("graft", "quantise"))
+    assert fit["npo", 0]["attacks"].keys() == {"graft", "quantise"} and [x["attacks"].keys() for x in past] == [
+        {"graft", "lens"}
+    ]
+    fit, past = room.shelf(asks("graft"), path, tried("graft"))
+    assert fit["npo", 0]["attacks"].keys() == {"graft", "lens"} and past == []
+    failed = {"method": "npo", "seed": 0, "failed": "no memory", "attacks": {}}
+    fit, past = room.shelf(asks("graft"), path, failed)
+    assert not fit["npo", 0]["failed"] and past == []
+    assert room.shelf(asks("graft"), tmp_path / "none.json", failed)[0]["npo", 0] == failed
+
+
 def test_a_method_that_fails_is_a_row_that_says_so(done, monkeypatch, tmp_path):
     whole, _, _ = done
 

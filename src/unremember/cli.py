@@ -468,7 +468,7 @@ def _verdict(built: dict, page: Path) -> None:
     grid = Table(title="verdict", title_justify="left", box=None, pad_edge=False, show_header=False)
     for condition in built["conditions"]:  # a line each: there can be many, and many people, too
         attack, word = condition["attack"], condition["overall"]["verdict"]
-        others = [x for x in condition["entities"] if x["verdict"] != "forgotten"]
+        others = [x for x in condition["entities"] if x["verdict"] not in ("forgotten", "not applicable")]
         names = ", ".join(f"[{colours[x['verdict']]}]{escape(x['name'])}[/]" for x in others[:NAMED])
         more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
         grid.add_row("unattacked" if attack == "none" else attack, f"[{colours[word]}]{word}[/]", names + more)
@@ -476,6 +476,8 @@ def _verdict(built: dict, page: Path) -> None:
     console.print(grid)
     console.print()
     console.print(built["words"], markup=False)
+    if built["luck"]:
+        console.print(built["luck"]["words"], markup=False)
     if built["method"]["stop"].startswith("CAP"):
         console.print(f"[yellow]{built['method']['stop']}[/]")
     print(f"report: {page}")

@@ -122,7 +122,7 @@ class Comparison:
             some = corpus.with_roles(world=corpus.of("world") or world()[:1])
             r = self.request(method, seed, some, model["name"], model.get("control", ""), "auto")
             how = (r.method, r.locator, r.budget, r.lora, r.sites, r.chunks, r.rule)
-            files = [Path(file).read_text(encoding="utf-8") for file in getattr(r.method, "files", ())]
+            files = texts(r.method)
             weights = [contents(name) for name in (model["name"], model.get("control", ""))]
             on = (
                 model.get("template"),
@@ -134,7 +134,7 @@ class Comparison:
             )
             self.keys[method, seed] = {
                 "key": fingerprint(repr(how), repr(on), files, weights, corpus.fingerprint()),
-                "attacks": {name: fingerprint(repr(attack)) for name, attack in r.attacks.items()},
+                "attacks": {name: fingerprint(repr(attack), *texts(attack)) for name, attack in r.attacks.items()},
             }
         return self.keys[method, seed]
 
@@ -169,6 +169,11 @@ class Comparison:
             "rule": self.raw.get("rule", {}),
         } | ({"locate": where} if where else {})
         return request(raw, corpus=corpus)
+
+
+def texts(part: Any) -> list[str]:
+    """What stands in the files of a method or an attack."""
+    return [Path(file).read_text(encoding="utf-8") for file in getattr(part, "files", ())]
 
 
 @cache
@@ -270,8 +275,8 @@ def compare(
     claim(whole.out)
     path = whole.out / "compare.json"
     asked = [(method, seed) for seed in whole.settings.seeds for method in whole.settings.methods]
-    rows = {one: row for one, row in shelf(whole, path)[0].items() if whole.complete(row)}
-    mine: dict[tuple[str, int], dict] = {}
+    fit, _ = shelf(whole, path)
+    rows = {one: row for one, row in fit.items() if whole.complete(row)}
     result = {
         "schema": "unremember.compare/1",
         "name": whole.settings.name,
@@ -283,25 +288,37 @@ def compare(
         for job in prepared(whole, todo, seed, bench, title) if todo else ():
             at = asked.index((job.method, seed)) + 1
             made = row(job, done(job, f"method {at} of {len(asked)}", bench, title, aside, inside))
-            mine[job.method, seed] = made | whole.key(job.method, seed)
+            rows[job.method, seed] = made | whole.key(job.method, seed)
             result["roles"] = {role: len(examples) for role, examples in job.request.corpus.items()}
-            there, past = shelf(whole, path)  # read again: another process may have written to it
-            write_json(path, result | {"rows": list((there | mine).values()), "past": past})
-    return result | {"rows": [(rows | mine)[one] for one in asked]}
+            there, past = shelf(
+                whole, path, rows[job.method, seed]
+            )  # read again: another process may have written to it
+            write_json(path, result | {"rows": list(there.values()), "past": past})
+    return result | {"rows": [rows[one] for one in asked]}
 
 
-def shelf(whole: Comparison, path: Path) -> tuple[dict[tuple[str, int], dict], list[dict]]:
-    """The rows of compare.json that fit, by method and seed, and those that other settings made, which are kept, too.
+def shelf(whole: Comparison, path: Path, *fresh: dict) -> tuple[dict[tuple[str, int], dict], list[dict]]:
+    """The rows of compare.json and fresh ones that fit, by method and seed, and all others that say something of their own.
 
-    Of several rows that fit the one with most attacks stands.
+    Of several that fit the last complete one stands, or else the one with most attacks; what it does not cover is kept, too.
+    A fresh row that failed stands only where no other does.
     """
     known = read_json(path) or {}
     rows = [r for r in (*known.get("past", ()), *known.get("rows", ())) if not r["failed"]]
-    fit: dict[tuple[str, int], dict] = {}
-    for r in (r for r in rows if whole.fits(r)):
-        best = fit.get((r["method"], r["seed"]), r)
-        fit[r["method"], r["seed"]] = r if len(r["attacks"]) >= len(best["attacks"]) else best
-    past = {(r["method"], r["seed"], r.get("key"), repr(r.get("attacks"))): r for r in rows if not whole.fits(r)}
+    good = [*rows, *(r for r in fresh if not r["failed"])]
+    fit = {(r["method"], r["seed"]): r for r in fresh}
+    for r in sorted(filter(whole.fits, good), key=lambda r: (whole.complete(r), len(r["attacks"]))):
+        fit[r["method"], r["seed"]] = r
+
+    def covered(r: dict) -> bool:
+        best = fit[r["method"], r["seed"]]
+        return not best["failed"] and r["attacks"].items() <= best["attacks"].items()
+
+    past = {
+        (r["method"], r["seed"], r.get("key"), repr(r.get("attacks"))): r
+        for r in good
+        if not (whole.fits(r) and covered(r))
+    }
     return fit, list(past.values())
 
 
@@ -381,7 +398,7 @@ def work(job: Job, device: str) -> None:
         "fingerprint": job.mark,
         "seconds": forget.get("seconds"),
         "all seconds": time.monotonic() - began,
-        "peak bytes": peak_memory(),
+        "peak bytes": forget.get("peak bytes") or peak_memory(),
         "failed": failed,
     }
     write_json(job.request.out / "cost.json", cost)

@@ -25,10 +25,9 @@ from unremember.folder import claim
 from unremember.lm import LM
 from unremember.request import Request
 from unremember.run import Run, lay
-from unremember.score import FORGOTTEN, NOT_APPLICABLE, OVER, REMEMBERED, RULE, Rule, wilson
+from unremember.score import FORGOTTEN, NOT_APPLICABLE, OVER, REMEMBERED, RULE, WORDS, Rule, wilson
 
 TRUTHS = get_args(Truth)
-WORDS = (REMEMBERED, OVER, FORGOTTEN, NOT_APPLICABLE)  # the worst first
 SUITE = "suite"  # the column of all conditions together
 
 

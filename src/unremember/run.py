@@ -1,7 +1,7 @@
 """The rooms in order: audit, forget, audit, attack, audit, report.  Every piece is kept on disk and made once.
 
     OUT/run.json  corpus.json  audit/WHO.json  sites.safetensors  locate.json  train.jsonl  model/  forget.json
-    attack/NAME/WHO.json  report.json  report.html
+    attack/NAME/WHO.json  memory/WHO.json  report.json  report.html
 
 WHO is original, forgotten or never.  A piece carries the fingerprint of all it was made from; one that is there with the
 same fingerprint is kept, so an interrupted run goes on where it stopped, and a changed setting redoes what depends on it.
@@ -33,6 +33,7 @@ from unremember.folder import claim, fingerprint, read_json, whole, write_json, 
 from unremember.forget.sequential import sequential
 from unremember.lm import LM, auto_precision, check, load
 from unremember.locate.ranking import Ranking, select
+from unremember.machine import peak_memory
 from unremember.request import Request
 from unremember.sites import EVERYWHERE, Sites
 from unremember.table import recalled, saved
@@ -143,8 +144,10 @@ class Run:
         """Remove the pieces that another request left here: a report must not mix them with those of this one."""
         wanted = [self.audited(who) for who in self.models]
         wanted += [self.attacked(name, who) for name in self.request.attacks for who in self.models]
+        wanted += [self.memory(who) for who in self.models]
         good = {path for path, made_from in wanted if self.kept(path, made_from)}
-        for folder in (self.out / "audit", *(self.out / "attack" / name for name in self.request.attacks)):
+        places = (self.out / "audit", self.out / "memory", *(self.out / "attack" / x for x in self.request.attacks))
+        for folder in places:
             for path in folder.glob("*.json"):
                 if path not in good:
                     path.unlink()
@@ -154,13 +157,18 @@ class Run:
             r = self.request
             name = {"original": r.model, "forgotten": str(self.out / "model"), "never": r.control}[who]
             self.loaded[who] = load(name, template=r.template, precision=self.precision, device=self.bench.device)
-            if known := read_json(self.memory(who)):
-                recalled(self.loaded[who], known, self.bench)
+            path, made_from = self.memory(who)
+            if self.kept(path, made_from):
+                recalled(self.loaded[who], read_json(path) or {}, self.bench)
         return self.loaded[who]
 
-    def memory(self, who: str) -> Path:
-        """Where a model's readings and answers are kept: an attack that leaves its weights alone asks much of it again."""
-        return self.out / "memory" / f"{who}.json"
+    def memory(self, who: str) -> tuple[Path, str]:
+        """Where a model's readings and answers are kept, since an attack that leaves its weights alone asks much of it again.
+
+        They go with their corpus, and with the version and the device that made them.
+        """
+        parts = (self.made_from[who], self.request.corpus.fingerprint(), self.bench.device, __version__)
+        return self.out / "memory" / f"{who}.json", fingerprint(*parts)
 
     def kept(self, path: Path, made_from: str) -> bool:
         piece = read_json(path)
@@ -225,7 +233,9 @@ class Run:
             write_json(path, piece)
             for who, own in self.loaded.items():
                 if own.fingerprint == lm.fingerprint:
-                    write_text(self.memory(who), json.dumps(saved(own, self.bench), separators=(",", ":")))
+                    place, from_what = self.memory(who)
+                    known = {"fingerprint": from_what} | saved(own, self.bench)
+                    write_text(place, json.dumps(known, separators=(",", ":")))
         team.wait()
 
     def locate(self) -> None:
@@ -289,6 +299,7 @@ class Run:
                 {
                     "fingerprint": self.made_from["forgotten"],
                     "seconds": time.monotonic() - began,
+                    "peak bytes": peak_memory(),
                     "finished": datetime.now(UTC).isoformat(timespec="seconds"),
                 },
             )

@@ -20,6 +20,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 
 FORGOTTEN, REMEMBERED, OVER, NOT_APPLICABLE = "forgotten", "remembered", "over-forgotten", "not applicable"
+RESAMPLES = 2000  # of facts, for an interval
+WORDS = (REMEMBERED, OVER, FORGOTTEN, NOT_APPLICABLE)  # the worst first
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def evidence(
     never: Mapping[str, float],
     rule: Rule = RULE,
     least: int = 1,
-    draws: int = 2000,
+    draws: int = RESAMPLES,
 ) -> Evidence:
     """The triple of one score.  original, forgotten: fact -> value over the same facts.
 

@@ -133,7 +133,7 @@ def saved(lm: LM, bench: Bench = BENCH) -> dict:
     """What the bench remembers of a model's readings and answers, as plain JSON; exact, a float32 being a float64."""
     readings, said = (bench.memory.get(f"{lm.fingerprint}/{part}", {}) for part in ("read", "say"))
     return {
-        "fingerprint": lm.fingerprint,
+        "model": lm.fingerprint,
         "read": {key: [column.tolist() for column in vars(x).values()] for key, x in readings.items()},
         "say": [[list(ids), new, list(answer)] for (ids, new), answer in said.items()],
     }
@@ -141,7 +141,7 @@ def saved(lm: LM, bench: Bench = BENCH) -> dict:
 
 def recalled(lm: LM, known: dict, bench: Bench = BENCH) -> None:
     """Give the bench back what was `saved` of this model; what was saved of another, or of other weights, is left."""
-    if known["fingerprint"] != lm.fingerprint:
+    if known["model"] != lm.fingerprint:
         return
     kinds = (np.float32, bool, np.float32, np.float32, bool)
     bench.memory.setdefault(f"{lm.fingerprint}/read", {}).update(

@@ -266,7 +266,14 @@ def example() -> dict:
         },
         "words": "All four people are forgotten as long as nobody attacks the model. After five steps of relearning "
         "on other people's facts, one of them comes back.",
-        "luck": {"looks": 24, "seen": 2, "mean": 0.4, "high": 2, "p": 0.06},
+        "luck": {
+            "looks": 24,
+            "seen": 2,
+            "mean": 0.4,
+            "high": 2,
+            "p": 0.06,
+            "words": "2 of 24 looks <speak>; luck would be 0.4.",
+        },
         "attacks": [
             {"attack": "relearn", "verdict": "remembered", "seconds": 42.0, "r": 0.61, "score": "said", "entity": ""}
         ],

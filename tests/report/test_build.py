@@ -164,6 +164,14 @@ def test_the_numbers_of_a_verdict_by_hand(made):
     assert made(LOW | {"value probability": 0.31})["overall"]["verdict"] == "remembered"
 
 
+def test_where_nothing_speaks_luck_has_nothing_to_explain(made, folder, edit):
+    made(LOW)
+    luck = build(folder)["luck"]
+    assert (luck["seen"], luck["mean"], luck["p"]) == (0, 0.0, 1.0) and luck["words"].startswith("None of 4 looks")
+    edit("corpus.json", lambda roles: [x.update(entity="") for x in roles["forget"]])
+    assert build(folder)["luck"] is None  # nobody to look at
+
+
 @pytest.mark.parametrize(
     ("change", "retained", "failing"),
     [
@@ -202,6 +210,9 @@ def test_one_person_who_is_remembered_spoils_the_whole(made, folder, edit):
     assert {v["name"]: v["verdict"] for v in found["entities"]}[first] == "remembered"
     assert sorted(v["verdict"] for v in found["entities"]) == ["forgotten", "remembered"]
     assert found["overall"]["verdict"] == "remembered" and "1 of 2 are still remembered" in found["overall"]["reason"]
+    luck = build(folder)["luck"]  # two names, one condition, two scores; in 1 of 64 draws none of her six facts moves
+    assert (luck["looks"], luck["seen"]) == (4, 1) and luck["p"] == pytest.approx(1 / 64, abs=0.012)
+    assert luck["words"].startswith("1 of 4 looks at single names, by scores that vary by luck, speaks against")
 
 
 def test_the_rule_can_be_changed_afterwards(made, folder, edit):
@@ -225,6 +236,7 @@ def test_without_a_control_the_holdout_of_the_original_is_the_level(made, folder
     edit("run.json", lambda run: run.update(control=""))
     (folder / "audit" / "never.json").unlink()
     built = build(folder)
+    assert built["luck"] is None  # nothing to exchange values with
     assert built["run"]["level"] == "holdout examples" and built["conditions"][0]["overall"]["verdict"] == "forgotten"
     levels = {x["score"]: x["never"] for x in built["conditions"][0]["overall"]["evidence"]}
     assert levels == pytest.approx(LOW)

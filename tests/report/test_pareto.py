@@ -102,6 +102,15 @@ def test_a_model_that_was_taken_apart_does_not_lead(result):
     assert "ascent †" in " ".join(ElementTree.fromstring(robust(result)).itertext())
 
 
+def test_who_was_not_put_to_every_attack_comes_last_and_says_so(result):
+    for row in result["rows"][:2]:
+        row["verdicts"], row["r"] = row["verdicts"] | {"lens": "forgotten"}, {"none": 0.0, "relearn": 0.4, "lens": 0.1}
+    for row in result["rows"][2:4]:
+        row["r"] = {"none": 0.0, "relearn": 0.1}
+    assert [(x["method"], x["few"]) for x in withstood(result)] == [("npo", 0), ("ascent", 1)]
+    assert "relearn 0.10 (of 1)" in markdown(result) and "relearn 0.40 |" in markdown(result)
+
+
 def test_without_attacks_there_is_no_such_drawing(result):
     for row in result["rows"][:4]:
         row["r"] = {"none": 0.01}

@@ -94,6 +94,17 @@ def test_the_verdict_comes_first(page, report):
     assert words < text.index("no attack") < text.index("remembered") < text.index("What the numbers mean")
 
 
+def test_what_attacks_did_and_what_luck_does_stand_below_the_verdict(report):
+    told = {**report, "words": "Forgotten: all (0% is left). Attacked, forgotten under graft; remembered under lens."}
+    text = html(told)
+    assert (
+        "<h1>Forgotten: all (0% is left).</h1>" in text
+        and "Attacked, forgotten under graft; remembered under lens." in text
+    )
+    assert "2 of 24 looks &lt;speak&gt;" in text
+    assert "2 of 24" not in html({**told, "luck": None})
+
+
 def test_sections_come_in_the_order_of_the_story(page):
     heads = re.findall(r"<h2>(.*?)</h2>", page)
     assert heads == [

@@ -87,8 +87,8 @@ def build(folder: Path) -> dict:
             for role, rows in corpus.items()
         },
         "method": _method(meta, log),
-        "words": _words(conditions, attacks) + (_doubt(lucky) if lucky else ""),
-        "luck": asdict(lucky) if lucky else None,
+        "words": _words(conditions, attacks),
+        "luck": asdict(lucky) | {"words": _doubt(lucky)} if lucky else None,
         "attacks": attacks,
         "conditions": conditions,
         "scores": [row for attack in places for row in _table(attack, corpus, scores[attack])],
@@ -122,12 +122,14 @@ def _looks(corpus: dict, scores: Iterable[Scores]) -> list[Look]:
 
 
 def _doubt(x: Luck) -> str:
-    """What luck would say, where something speaks."""
+    """How much of what speaks may be luck, in a sentence."""
+    where, verb = "looks at single names, by scores that vary by luck,", "speak" if x.seen > 1 else "speaks"
     if not x.seen:
-        return ""
+        return f"None of {x.looks} {where} speaks against “forgotten”."
     return (
-        f" Name by name, {x.seen} of {x.looks} looks at scores that vary by luck speak against it; by luck alone it would be "
-        f"{x.mean:.1f}, and at most {x.high} in 19 of 20 cases (p = {x.p:.2g})."
+        f"{x.seen} of {x.looks} {where} {verb} against “forgotten”. Were what the forgotten and the "
+        f"never-taught model score on each fact exchanged at random, it would be {x.mean:.1f}, and at most {x.high} in 19 of 20 "
+        f"draws (p = {x.p:.2g}, if facts are independent)."
     )
 
 

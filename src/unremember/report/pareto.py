@@ -15,9 +15,9 @@ from typing import Any
 from unremember.errors import BadRequest
 from unremember.report.html import number, slug
 from unremember.report.plots import COLOURS, INK, PALE, SOFT, WIDTH, short, svg
+from unremember.score import WORDS
 
 COLUMNS = 3  # panels side by side, on a figure as wide as three of the report's
-WORST = ("remembered", "over-forgotten", "forgotten")  # first
 REACHED, NOT = COLOURS["forgotten"], COLOURS["remembered"]
 
 
@@ -142,13 +142,16 @@ def back(found: dict | None) -> str:
     """What brings most back, and how much; one of `withstood`."""
     if found is None:
         return "–"
-    return f"{'unattacked' if found['worst'] == 'none' else found['worst']} " + f"{found['most']:.2f}".replace("-", "−")
+    shown = f"{'unattacked' if found['worst'] == 'none' else found['worst']} " + f"{found['most']:.2f}".replace(
+        "-", "−"
+    )
+    return shown + f" (of {found['few']})" * (found["few"] > 0)
 
 
 def under_attack(row: dict) -> str:
     """The worst verdict under any attack; empty where there was none."""
     words = {word for attack, word in row.get("verdicts", {}).items() if attack != "none"}
-    return next((word for word in (*WORST, *sorted(words)) if word in words), "")
+    return next((word for word in WORDS if word in words), "")
 
 
 def counted(words: Sequence[str]) -> list[str]:
@@ -246,18 +249,29 @@ def ends(result: dict) -> str:
 
 
 def withstood(result: dict) -> list[dict]:
-    """Methods by what the worst attack brings back, least first, but those last that took the model apart with any seed.
+    """Methods by what the worst attack brings back of all facts together, least first.
 
-    Where an attack did not apply, the others count.
+    Last come those that took the model apart with any seed, and those that were not put to every attack.  Where an attack did
+    not apply, the others count.
     """
-    found = []
+    found, asked = [], {a for row in result["rows"] for a in row.get("verdicts", ())}
     for line in lines(result):
         back = {a: s["mean"] for a, s in line.get("back", {}).items() if s is not None}
         if back:
             attack = max(back, key=lambda a: back[a])
             gone = "over-forgotten" in line["verdicts"].get("none", ())
-            found.append({"method": line["method"], "back": back, "worst": attack, "most": back[attack], "gone": gone})
-    return sorted(found, key=lambda x: (x["gone"], x["most"], x["method"]))
+            few = len(line["verdicts"].keys() - {"none"}) if line["verdicts"].keys() < asked else 0
+            found.append(
+                {
+                    "method": line["method"],
+                    "back": back,
+                    "worst": attack,
+                    "most": back[attack],
+                    "gone": gone,
+                    "few": few,
+                }
+            )
+    return sorted(found, key=lambda x: (x["few"] > 0, x["gone"], x["most"], x["method"]))
 
 
 def robust(result: dict) -> str:
@@ -314,8 +328,9 @@ def page(result: dict) -> str:
         ),
         "Robust forgetting": (
             robust(result),
-            "R on the score that shows most: 0 as little as the never-taught model under the same attack, 1 as much as before. "
-            "Methods that withstand the worst attack best come first; † took more than was asked, so that little can come back.",
+            "R over all facts, on the score that shows most: 0 as little as the never-taught model under the same attack, 1 as "
+            "much as before. Methods that withstand the worst attack best come first, those that were not put to every attack "
+            "last; † took more than was asked, so that little can come back.",
         ),
         "Forgetting against retained facts": (
             paths(result),
