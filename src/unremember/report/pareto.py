@@ -280,8 +280,11 @@ def robust(result: dict) -> str:
     attacks = sorted({a for row in rows for a in row["back"]}, key=lambda a: (a != "none", a))
     if len(attacks) < 2:
         return ""
-    step, top, label = 18, 24, 96
-    height, wide = step * len(rows) + top + 6, min(84, (WIDTH - label) / len(attacks))
+    step, label = 18, 96
+    wide = min(84, (WIDTH - label - 20) / len(attacks))
+    slant = wide < 56  # else the names would run into one another
+    top = 52 if slant else 24
+    height = step * len(rows) + top + 6
 
     def draw(figure):
         size = (label / WIDTH, 6 / height, wide * len(attacks) / WIDTH, step * len(rows) / height)
@@ -304,6 +307,8 @@ def robust(result: dict) -> str:
         names = ["unattacked" if a == "none" else short(a, 11) for a in attacks]
         ax.set_xticks([x + 0.5 for x in range(len(attacks))], names)
         ax.xaxis.tick_top()
+        if slant:
+            ax.set_xticks(ax.get_xticks(), names, rotation=40, ha="left", rotation_mode="anchor")
         ax.tick_params(length=0, labelsize=8, colors=INK)
         for side in ax.spines.values():
             side.set_visible(False)
