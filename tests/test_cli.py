@@ -229,7 +229,7 @@ def test_the_verdict_names_who_is_not_forgotten_under_each_attack(capsys, tmp_pa
         condition("none", "forgotten", A="forgotten"),
         condition("lens", "remembered", **people, G="forgotten"),
     ]
-    cli._verdict({"conditions": conditions, "words": "In words.", "method": {"stop": ""}}, tmp_path)
+    cli._verdict({"conditions": conditions, "words": "In words.", "luck": None, "method": {"stop": ""}}, tmp_path)
     first, second = [
         " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if "forgotten" in line or "lens" in line
     ]
