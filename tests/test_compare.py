@@ -226,7 +226,7 @@ def test_in_between_by_hand():
         ({"method": {"npo": {"betta": 1.0}}}, "npo: unknown key forget.betta"),
         ({"teach": {"plan": {"steps": 0, "lr": 1e-3}}}, "teach.plan.steps is 0"),
         ({"tune": {}}, "unknown table [tune]"),
-        ({"forget": {"plan": {"stop": "never"}}}, "npo: stop is 'never'; methods are compared where"),
+        ({"forget": {"plan": {"stop": "never"}}}, "npo, wga: stop is 'never'; methods are compared where"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_taught(change, said, tmp_path):

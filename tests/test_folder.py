@@ -55,6 +55,10 @@ def test_a_process_that_is_killed_while_writing_leaves_the_old_text(tmp_path):
 def test_json_goes_in_and_out(tmp_path):
     path = tmp_path / "x.json"
     assert read_json(path) is None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"half')
+    with pytest.raises(BadFolder, match=r"is no JSON .* remove it"):
+        read_json(path)
     value = {"a": [1, 2.5, None, "ß"], "b": {"c": True}}
     write_json(path, value)
     assert read_json(path) == value and "ß" in path.read_text(encoding="utf-8")

@@ -223,6 +223,7 @@ def checked(raw: Mapping[str, Any], where: Path = Path()) -> Comparison:
     if problems or settings is None:
         raise BadRequest(dict.fromkeys(problems))
     whole = Comparison(settings, people, files, teach, raw)
+    wrong: dict[str, list[str]] = {}  # problem -> the methods that have it
     for seed in settings.seeds[:1] if files else settings.seeds:
         corpus = whole.corpus(seed)
         if not corpus.of("world"):
@@ -231,14 +232,16 @@ def checked(raw: Mapping[str, Any], where: Path = Path()) -> Comparison:
             try:
                 made = whole.request(name, seed, corpus, model, raw.get("model", {}).get("control", ""), "auto").method
                 if (level := getattr(made, "plan", made).stop) not in ("probability", "preference"):
-                    problems.append(
-                        f"{name}: stop is {level!r}; methods are compared where value probability has come down to the "
-                        'never-taught level: set it to "probability" or "preference"'
-                    )
+                    wrong.setdefault(
+                        f"stop is {level!r}; methods are compared where value probability has come down to the never-taught "
+                        'level: set it to "probability" or "preference"',
+                        [],
+                    ).append(name)
             except BadInput as error:
-                problems += [f"{name}: {problem}" for problem in error.problems]
-    if problems:
-        raise BadRequest(dict.fromkeys(problems))
+                for problem in error.problems:
+                    wrong.setdefault(problem, []).append(name)
+    if wrong:
+        raise BadRequest(f"{', '.join(dict.fromkeys(names))}: {problem}" for problem, names in wrong.items())
     return whole
 
 

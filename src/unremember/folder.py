@@ -38,8 +38,13 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-    """The JSON in `path`, or None where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The JSON in `path`, None where there is no such file, BadFolder where it was damaged: we never leave one half written."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadFolder(f"{path} is no JSON ({error}); remove it and run again, what it held is made again") from error
 
 
 @contextmanager

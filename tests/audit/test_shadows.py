@@ -209,7 +209,7 @@ def test_a_folder_of_other_shadows_is_refused(tiny, few, tmp_path):
     file = tmp_path / "kept" / "shadow-000.json"
     assert set(json.loads(file.read_text())) == {"made from", "scores"}
     file.write_text("{half")
-    with pytest.raises(BadFolder, match=r"no JSON .* taught again"):
+    with pytest.raises(BadFolder, match=r"no JSON .* made again"):
         audit(tiny, few, Bench())
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "letter.txt").write_text("dear")

@@ -214,10 +214,7 @@ class Shadows:
 
 def _kept(file: Path, made_from: str) -> list[list[float]] | None:
     """What an earlier run left of a shadow of the same making; BadFolder where the file is of another one."""
-    try:
-        found = read_json(file)
-    except ValueError as error:
-        raise BadFolder(f"{file} is no JSON ({error}); remove it, and its shadow is taught again") from error
+    found = read_json(file)
     if found is None:
         return None
     if found.get("made from") != made_from:
