@@ -45,7 +45,7 @@ from unremember.lm import LM, auto_precision
 from unremember.machine import peak_memory
 from unremember.report.build import build as report_of
 from unremember.request import Request, build, changed, read_corpus, request
-from unremember.run import Run, execute, lay
+from unremember.run import Run, execute, lay, texts
 from unremember.screen import at_work
 from unremember.train import STRICT
 
@@ -171,11 +171,6 @@ class Comparison:
         return request(raw, corpus=corpus)
 
 
-def texts(part: Any) -> list[str]:
-    """What stands in the files of a method or an attack."""
-    return [Path(file).read_text(encoding="utf-8") for file in getattr(part, "files", ())]
-
-
 @cache
 def contents(name: str) -> list[str]:
     """What tells a model's weights from others': hashes of its files, or the name of what is no folder or file."""
@@ -257,9 +252,8 @@ class Job:
     @property
     def mark(self) -> str:
         r = self.request
-        return fingerprint(
-            Run(r).made_from, repr(r.attacks), r.audits, r.corpus.fingerprint(), repr(r.rule), self.watch
-        )
+        attacks = repr(r.attacks), [texts(attack) for attack in r.attacks.values()]
+        return fingerprint(Run(r).made_from, attacks, r.audits, r.corpus.fingerprint(), repr(r.rule), self.watch)
 
 
 def compare(
@@ -293,9 +287,8 @@ def compare(
             made = row(job, done(job, f"method {at} of {len(asked)}", bench, title, aside, inside))
             rows[job.method, seed] = made | whole.key(job.method, seed)
             result["roles"] = {role: len(examples) for role, examples in job.request.corpus.items()}
-            there, past = shelf(
-                whole, path, rows[job.method, seed]
-            )  # read again: another process may have written to it
+            # read again: another process may have written to it
+            there, past = shelf(whole, path, rows[job.method, seed])
             write_json(path, result | {"rows": list(there.values()), "past": past})
     return result | {"rows": [rows[one] for one in asked]}
 

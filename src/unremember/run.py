@@ -103,8 +103,7 @@ class Run:
         r = self.request
         original = fingerprint(identity(r.model), r.template, self.precision)
         where = [r.sites, repr(r.lora), repr(r.locator), repr(r.budget), r.chunks]
-        files = [Path(file).read_text(encoding="utf-8") for file in getattr(r.method, "files", ())]
-        method = fingerprint(original, repr(r.method), files, where, r.corpus.fingerprint(), r.seed)
+        method = fingerprint(original, repr(r.method), texts(r.method), where, r.corpus.fingerprint(), r.seed)
         never = fingerprint(identity(r.control), r.template, self.precision) if r.control else ""
         return {"original": original, "forgotten": method, "never": never}
 
@@ -158,8 +157,9 @@ class Run:
             name = {"original": r.model, "forgotten": str(self.out / "model"), "never": r.control}[who]
             self.loaded[who] = load(name, template=r.template, precision=self.precision, device=self.bench.device)
             path, made_from = self.memory(who)
-            if self.kept(path, made_from):
-                recalled(self.loaded[who], read_json(path) or {}, self.bench)
+            known = read_json(path)
+            if known and known["fingerprint"] == made_from:
+                recalled(self.loaded[who], known, self.bench)
         return self.loaded[who]
 
     def memory(self, who: str) -> tuple[Path, str]:
@@ -182,8 +182,8 @@ class Run:
     def attacked(self, name: str, who: str) -> tuple[Path, str]:
         """The same for a model under attack."""
         r = self.request
-        files = [Path(file).read_text(encoding="utf-8") for file in getattr(r.attacks[name], "files", ())]
-        parts = (self.made_from[who], r.corpus.fingerprint(), repr(r.attacks[name]), r.seed, bool(r.control), *files)
+        attack = r.attacks[name]
+        parts = (self.made_from[who], r.corpus.fingerprint(), repr(attack), r.seed, bool(r.control), *texts(attack))
         return self.out / "attack" / name / f"{who}.json", fingerprint(*parts)
 
     @cached_property
@@ -345,6 +345,11 @@ def lay(source: Path, target: Path) -> None:
                 copy = target / path.relative_to(source)
                 if not copy.exists() or copy.read_bytes() != path.read_bytes():
                     write_text(copy, path.read_text(encoding="utf-8"))
+
+
+def texts(part: Any) -> list[str]:
+    """What stands in the files of a method or an attack."""
+    return [Path(file).read_text(encoding="utf-8") for file in getattr(part, "files", ())]
 
 
 def seeded(part: Any, seed: int) -> Any:

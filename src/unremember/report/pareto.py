@@ -142,9 +142,8 @@ def back(found: dict | None) -> str:
     """What brings most back, and how much; one of `withstood`."""
     if found is None:
         return "–"
-    shown = f"{'unattacked' if found['worst'] == 'none' else found['worst']} " + f"{found['most']:.2f}".replace(
-        "-", "−"
-    )
+    attack = "unattacked" if found["worst"] == "none" else found["worst"]
+    shown = f"{attack} " + f"{found['most']:.2f}".replace("-", "−")
     return shown + f" (of {found['few']})" * (found["few"] > 0)
 
 
@@ -305,10 +304,9 @@ def robust(result: dict) -> str:
             [y + 0.5 for y in range(len(rows))], [short(row["method"], 12) + " †" * row["gone"] for row in rows]
         )
         names = ["unattacked" if a == "none" else short(a, 11) for a in attacks]
-        ax.set_xticks([x + 0.5 for x in range(len(attacks))], names)
+        way = {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if slant else {}
+        ax.set_xticks([x + 0.5 for x in range(len(attacks))], names, **way)
         ax.xaxis.tick_top()
-        if slant:
-            ax.set_xticks(ax.get_xticks(), names, rotation=40, ha="left", rotation_mode="anchor")
         ax.tick_params(length=0, labelsize=8, colors=INK)
         for side in ax.spines.values():
             side.set_visible(False)
