@@ -3,8 +3,9 @@
 FILE is a comparison with one seed, the *validation dossier*: people whom no reported number ever sees.  Each trial forgets down
 to the never-taught level and is worth what is left of what should have stayed: the smaller of retained facts and world knowledge,
 less the rise of the prose loss; a trial that does not reach the level is worth minus that rise and what it left of the forget
-set.  The first trial has three times the preset's rate, the next two follow from what it did, further ones are optuna's.
-The study is a file, so that a search that was cut short goes on; tuned.json says what every trial tried and found.
+set.  The first trial has three times the preset's rate, the next ones follow from what it did, further ones are optuna's.
+The study is a file, so that a search that was cut short goes on; tuned.json says what every trial tried and found, and one that
+lies beside FILE is where a new search begins.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 from unremember.bench import Bench
@@ -49,9 +51,11 @@ def after(done: list[tuple[dict[str, float], float, dict]]) -> dict[str, float] 
 
     Second: a lower rate where the level was reached or the model was wrecked, else a higher one.
     Third, where neither reached it: a lighter retain term at the better of the two rates.
+    Later: a lower rate for the first that reached it.
     """
-    if len(done) == 1:
-        point, _, row = done[0]
+    reached = [bool(row.get("reached")) for *_, row in done]
+    if len(done) == 1 or (len(done) > 2 and reached[-1] and not any(reached[:-1])):
+        point, _, row = done[-1]
         up = not row.get("reached") and (row.get("kept") or 0.0) > WRECKED
         return {k: v if k != "lr" else v * STEP if up else v / STEP for k, v in point.items()}
     if len(done) == 2 and not any(row.get("reached") for *_, row in done):
@@ -61,12 +65,13 @@ def after(done: list[tuple[dict[str, float], float, dict]]) -> dict[str, float] 
     return None
 
 
-def settings(trial, name: str) -> dict:
-    """What one trial tries for a method: what was asked for, or what the sampler thinks of."""
+def settings(trial, name: str, point: dict[str, float]) -> dict:
+    """What one trial tries for a method: `point`, which has been asked for, or what the sampler thinks of."""
     tried: dict = {}
     for key, middle in first(name).items():
+        given = point.get(key, middle)
         high = min(middle * REACH, 0.9) if key == "lr" else middle * REACH
-        value = trial.suggest_float(key, middle / REACH, high, log=True)
+        value = trial.suggest_float(key, min(given, middle / REACH), max(given, high), log=True)
         tried |= {"plan": {"lr": value}} if key == "lr" else {key: value}
     return tried
 
@@ -81,8 +86,8 @@ def worth(row: dict) -> float:
     return score(row) - max(row["prose"] or 0.0, 0.0)
 
 
-def search(raw: dict, name: str, trials: int) -> dict:
-    """The best of `trials` settings of one method, and all that was tried."""
+def search(raw: dict, name: str, trials: int, earlier: Sequence[dict] = ()) -> dict:
+    """The best of `trials` settings of one method, and all that was tried.  earlier: trials of a tuned.json, counted, too."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -97,8 +102,20 @@ def search(raw: dict, name: str, trials: int) -> dict:
         sampler=optuna.samplers.TPESampler(seed=0),
     )
 
+    if not study.trials:
+        for past in earlier:
+            point, row = past["settings"], {k: v for k, v in past.items() if k not in ("settings", "worth")}
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=point,
+                    distributions={k: optuna.distributions.FloatDistribution(v, v, log=True) for k, v in point.items()},
+                    value=past["worth"],
+                    user_attrs={"row": row},
+                )
+            )
+
     def objective(trial) -> float:
-        tried = settings(trial, name)
+        tried = settings(trial, name, trial.user_attrs.get("asked", {}))
         own = raw.get("method", {}).get(name, {})
         plan = {**own.get("plan", {}), **tried.get("plan", {})}
         method = {name: {**own, **tried} | ({"plan": plan} if plan else {})}
@@ -111,7 +128,7 @@ def search(raw: dict, name: str, trials: int) -> dict:
     while len(done := [t for t in study.trials if t.value is not None]) < trials:  # a trial that was cut short is none
         point = after([(t.params, t.value, t.user_attrs.get("row", {})) for t in done]) if done else first(name)
         if point and not any(t.state.name == "WAITING" for t in study.trials):
-            study.enqueue_trial(point)
+            study.enqueue_trial(point, user_attrs={"asked": point})
         study.optimize(objective, n_trials=1)
     tried = [
         {"settings": t.params, "worth": t.value, **t.user_attrs.get("row", {})}
@@ -132,8 +149,9 @@ def main() -> None:
     if len(whole.settings.seeds) != 1:
         parser.error("a search has one seed, its validation dossier; give [compare] one in seeds")
     tuned = Path(raw["compare"]["out"]) / "tuned.json"
+    known = read_json(args.file.parent / tuned.name) or {}
     for name in args.methods.split(",") if args.methods else whole.settings.methods:
-        found = search(raw, name, args.trials)
+        found = search(raw, name, args.trials, known.get(name, {}).get("trials", ()))
         print(json.dumps({name: {k: found[k] for k in ("best", "worth")}}))
         write_json(tuned, (read_json(tuned) or {}) | {name: found})  # another process may search the other methods
 
