@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, MistralForCausalLM
 
+from unremember.decode import plain
 from unremember.embedded import MODELS
 from unremember.errors import BadModel
-from unremember.lm import _LogP, check, load
+from unremember.lm import LM, _LogP, check, load
 from unremember.tokens import pack
 
 
@@ -72,6 +74,48 @@ def test_generate_stops_after_so_many_tokens(taught, prompts):
     whole = taught.generate(prompts, 20)
     assert taught.generate(prompts, 3) == [x[:3] for x in whole]
     assert taught.generate([], 3) == []
+
+
+def test_what_prompts_share_is_read_once(taught, prompts):
+    """One pass over their trie, which has as many places as they have different beginnings, and then one token a row."""
+    seen: list[int] = []
+    table = taught.model.get_input_embeddings()
+    handle = table.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    try:
+        taught.generate(prompts, 2)
+    finally:
+        handle.remove()
+    beginnings = {prompt[: i + 1] for prompt in prompts for i in range(len(prompt))}
+    assert len(beginnings) <= seen[0] < sum(map(len, prompts))
+    assert len(seen) == 2 and seen[1] <= len(prompts)
+
+
+def test_layers_that_know_no_tries_read_prompts_in_full(taught, prompts, monkeypatch):
+    """Windows and recurrent states: padding on the left, transformers' own cache, the same words."""
+    expected = taught.generate(prompts, 12)
+    monkeypatch.setattr("unremember.lm.plain", lambda config: False)
+    monkeypatch.setattr(LM, "_tries", lambda *_: pytest.fail("a trie"))
+    assert taught.generate(prompts, 12, 7) == expected
+    assert plain(taught.model.config)
+    assert not plain(MistralConfig(sliding_window=8)) and plain(MistralConfig(sliding_window=None))
+
+
+def test_a_sliding_window_is_honoured(prompts):
+    """A small Mistral with a window shorter than its prompts says what transformers' own generation says."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(**shape, num_key_value_heads=2, vocab_size=4096, sliding_window=4, eos_token_id=1)
+    model = MistralForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(8)  # else every token is as likely as the next
+    asked = [tuple(i % 4096 for i in ids) for ids in prompts[:6]]
+    lm = LM(model, load("tiny").template)
+    assert max(map(len, asked)) > 4
+    for ids, said in zip(asked, lm.generate(asked, 8, 4), strict=True):
+        whole = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8, eos_token_id=list(lm.stop))
+        kept = [int(t) for t in whole[0, len(ids) :] if int(t) not in lm.stop]
+        assert list(said) == kept
 
 
 def test_answer_is_text_without_the_end_mark(taught, corpus):

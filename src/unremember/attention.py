@@ -38,7 +38,7 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
 
 def floored(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask in another precision, whose lowest number it must not fall below: what sees nothing would be 0 / 0."""
-    return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
+    return mask.clamp(min=max(torch.finfo(dtype).min, torch.finfo(mask.dtype).min)).to(dtype)
 
 
 def attend(

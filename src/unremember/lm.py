@@ -18,11 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from unremember import team
 from unremember.attention import quick
+from unremember.decode import Pick, decode, likeliest, plain, roomy
 from unremember.errors import BadModel
-from unremember.tokens import Template, Tokens, pack
+from unremember.tokens import Row, Template, Tokens, lanes, pack
+
+SHARED = 256  # places of a lane of prompts
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,17 @@ class LM:
     template: Template
     precision: str = "fp32"
     name: str = ""
+    pick: Pick = likeliest  # how generation chooses a token
 
     @property
     def tokenizer(self):
         return self.template.tokenizer
+
+    @property
+    def stop(self) -> set[int]:
+        """The tokens that end a text."""
+        ends = self.model.generation_config.eos_token_id
+        return {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
     @property
     def limit(self) -> int:
@@ -52,7 +63,7 @@ class LM:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Content hash of weights, tokenizer, template and precision.  Do not ask before training has ended."""
+        """Content hash of weights, tokenizer, template, precision and `pick`.  Do not ask before training has ended."""
         digest = blake2b(digest_size=12)
         for name, weight in sorted(self.model.state_dict().items()):
             flat = weight.detach().cpu().contiguous().view(torch.uint8)
@@ -60,6 +71,8 @@ class LM:
             digest.update(memoryview(flat.reshape(-1).numpy()))
         said = self.template.row("", "What?", "That.")
         digest.update(json.dumps([self.precision, len(self.tokenizer), said.ids]).encode())
+        if self.pick is not likeliest:
+            digest.update(repr(self.pick).encode())
         return digest.hexdigest()
 
     def _named(self, name: str) -> LM:
@@ -84,18 +97,20 @@ class LM:
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
         return replace(self, model=get_peft_model(copy.deepcopy(self.model), config).eval())
 
-    def logits(self, tokens: Tokens) -> Tensor:
+    def logits(self, tokens: Tokens, cache: Any = None) -> Tensor:
         """Logits that predict each scored token, and no others. -> (N, V)
 
         The head sees only the N places that are needed (a hook narrows its input), so no (T, V) matrix ever exists.
         Without gradients the head runs in the weights' own precision: bfloat16 logits would tie close candidates.
+        cache: an empty one of transformers, which gets keys and values of every place.
         """
         with self.headed(lambda hidden: hidden.flatten(0, 1)[tokens.source][None]):
             out = self.model(
                 input_ids=tokens.ids,
                 position_ids=tokens.positions,
                 attention_mask=_additive(tokens.visible, self.attention_dtype),
-                use_cache=False,
+                past_key_values=cache,
+                use_cache=cache is not None,
             )
         return out.logits[0]
 
@@ -190,58 +205,80 @@ class LM:
             return -nn.functional.cross_entropy(logits, tokens.target, reduction="none")
         return _LogP.apply(logits, tokens.target)
 
+    def step(self, ids: Tensor, seen: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Logits behind the last of ids (B, T), whose keys and values go into the cache. -> (B, V)
+
+        seen: (B, S), 1 for each place of the cache and of ids that is no padding.
+        """
+        with self.headed(lambda hidden: hidden[:, -1:]):
+            out = self.model(
+                input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+        return out.logits[:, -1]
+
     @torch.inference_mode()
     def generate(self, prompts: Sequence[tuple[int, ...]], new: int, batch: int = 64) -> list[tuple[int, ...]]:
-        """Greedy continuations of at most `new` tokens, without the end mark, in the order of `prompts`.
+        """Continuations of at most `new` tokens, without the end mark, in the order of `prompts`; greedy unless `pick` is not.
 
-        Prompts are sorted by length, decoded `batch` at a time with left padding, and rows that are done leave the batch.
+        Prompts are sorted by length, read `batch` at a time as tries and decoded together, and rows that are done leave.
         """
-        ends = self.model.generation_config.eos_token_id
-        stop = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         out: list[tuple[int, ...]] = [()] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if new else []
         with self.lowered():
             for first in range(0, len(order), batch):
-                self._decode([(i, prompts[i]) for i in order[first : first + batch]], new, stop, out)
+                part = order[first : first + batch]
+                for i, said in zip(part, self._said([prompts[i] for i in part], new), strict=True):
+                    out[i] = tuple(said)
         return out
 
-    def _decode(
-        self, rows: list[tuple[int, tuple[int, ...]]], new: int, stop: set[int], out: list[tuple[int, ...]]
-    ) -> None:
-        from transformers import DynamicCache
+    def _said(self, prompts: Sequence[tuple[int, ...]], new: int) -> list[list[int]]:
+        cache, seen, logits = (self._tries if plain(self.model.config) else self._padded)(prompts, new)
+        tokens = self.pick(logits, [list(ids) for ids in prompts], [len(ids) for ids in prompts])
+        first = [[] if t in self.stop else [t] for t in tokens.tolist()]
+        news = [new - 1 if t else 0 for t in first]
+        rest = decode(self.step, self.pick, cache, seen, tokens, news, self.stop)
+        return [a + b for a, b in zip(first, rest, strict=True)]
 
-        longest = max(len(ids) for _, ids in rows)
-        alive = [i for i, _ in rows]
-        ids = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
-        mask = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
-        for at, (_, prompt) in enumerate(rows):
+    def _tries(self, prompts: Sequence[tuple[int, ...]], new: int) -> tuple[Any, Tensor, Tensor]:
+        """Prompts read as tries: what they share, such as a system prompt, is computed once.
+
+        -> a cache of each prompt with padding on the left, what is no padding (B, S), logits behind each (B, V).
+        """
+        rows = [Row(str(i), (*ids, 0), len(ids), len(ids), ()) for i, ids in enumerate(prompts)]
+        tokens = pack(lanes(rows, SHARED)).to(self.device)
+        read = DynamicCache(config=self.model.config)
+        logits = self.logits(tokens, read)
+        longest, width = max(map(len, prompts)), tokens.ids.shape[1]
+        places = torch.zeros(len(prompts), longest, dtype=torch.long, device=self.device)
+        seen = torch.zeros_like(places)
+        for key, last in zip(tokens.keys, tokens.source.tolist(), strict=True):
+            lane, end = divmod(last, width)
+            path = tokens.visible[lane, 0, end].nonzero()[
+                :, 0
+            ]  # its ancestors, which stand in the order of their depth
+            places[int(key), longest - len(path) :] = lane * width + path
+            seen[int(key), longest - len(path) :] = 1
+
+        def take(x: Tensor) -> Tensor:
+            return x.transpose(1, 2).flatten(0, 1)[places].transpose(1, 2)
+
+        order = torch.tensor([int(key) for key in tokens.keys], device=self.device)
+        return (
+            roomy(read, take, new, self.attention_dtype),
+            seen,
+            torch.empty_like(logits).index_copy_(0, order, logits),
+        )
+
+    def _padded(self, prompts: Sequence[tuple[int, ...]], new: int) -> tuple[Any, Tensor, Tensor]:
+        """As `_tries`, for layers with windows or recurrent state, which know no tries: each prompt in full."""
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=self.device)
+        seen = torch.zeros_like(ids)
+        for at, prompt in enumerate(prompts):
             ids[at, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[at, longest - len(prompt) :] = 1
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+            seen[at, longest - len(prompt) :] = 1
         cache = DynamicCache(config=self.model.config)
-        said: dict[int, list[int]] = {i: [] for i in alive}
-        for _ in range(new):
-            with self.headed(lambda hidden: hidden[:, -1:]):
-                logits = self.model(
-                    input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-                ).logits
-            token = logits[:, -1].argmax(-1)
-            go = torch.tensor([int(t) not in stop for t in token], device=self.device)
-            for i, t in zip(alive, token.tolist(), strict=True):
-                if t not in stop:
-                    said[i].append(t)
-            if not go.all():
-                alive = [i for i, keep in zip(alive, go.tolist(), strict=True) if keep]
-                if not alive:
-                    break
-                keep = go.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                mask, positions, token = mask[keep], positions[keep], token[keep]
-            ids = token[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-            positions = positions[:, -1:] + 1
-        for i, tokens in said.items():
-            out[i] = tuple(tokens)
+        return cache, seen, self.step(ids, seen, (seen.cumsum(1) - 1).clamp(min=0), cache)
 
     def answer(self, prompts: Sequence[str], new: int, batch: int = 64) -> list[str]:
         """What the model says to each prompt, as text."""

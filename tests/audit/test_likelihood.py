@@ -27,15 +27,16 @@ def slow(lm, ids: tuple[int, ...], cut: int) -> tuple[int, ...]:
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Counts the rows of every step that a model decodes."""
+    """Counts the tokens of every branch that is decoded."""
     counted: list[int] = []
-    real = prefixes._decode_together
+    real = prefixes.decode
 
-    def watch(lm, cache, starts, stop, tails):
-        real(lm, cache, starts, stop, tails)
-        counted.extend(len(tails[start[0]]) for start in starts)
+    def watch(*given):
+        said = real(*given)
+        counted.extend(map(len, said))
+        return said
 
-    monkeypatch.setattr(prefixes, "_decode_together", watch)
+    monkeypatch.setattr(prefixes, "decode", watch)
     return counted
 
 
@@ -85,7 +86,7 @@ def test_caches_that_cannot_be_cut_are_not_cut(tiny, small, monkeypatch):
     texts = raw(tiny, small["forget"])
     cuts = [range(1, len(ids)) for ids in texts]
     fast = from_prefixes(tiny, texts, cuts, Bench())
-    monkeypatch.setattr(prefixes, "_plain", lambda *_: False)
+    monkeypatch.setattr(prefixes, "plain", lambda *_: False)
     monkeypatch.setattr(prefixes, "_decode", lambda *_: pytest.fail("cut"))
     assert from_prefixes(tiny, texts, cuts, Bench()) == fast
 

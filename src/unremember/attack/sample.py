@@ -4,7 +4,7 @@
     s(fact) = max over n draws;           of k among n with c hits:  1 − C(n − c, k) / C(n, k)
 
 Gumbel-max: Gumbel 1954; best of n for unlearning: Scholten et al. 2024 (arXiv 2410.03523); the estimator: Chen et al. 2021.
-One call gives one draw: a plain LM whose decoding passes, and no others, have the noise on their logits.  `read` lets an audit
+One call gives one draw: an LM that decodes with the noise on its logits; nothing else of it has changed.  `read` lets an audit
 see all n draws and keeps each fact's best: what is generated counts best of n, and likelihoods, which no draw touches, stay
 as they are.  Noise hangs on (seed, draw, place, what is read there), not on the batch.
 Differs: no top-k and no top-p, which would hide rare answers.  Where two questions come to the same word at the same place in
@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass as plain
 from dataclasses import replace
 from math import comb
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -62,29 +63,24 @@ def best(scores: Sequence[Score]) -> Score:
     return replace(first, per_example=values)
 
 
+@plain(frozen=True)
+class Draw:
+    """The Pick of sampling: the choice of a token hangs on the text and this draw, and on no neighbour in the batch."""
+
+    temperature: float
+    seed: int
+    draw: int
+
+    def __call__(self, logits: Tensor, read: list[list[int]], length: list[int]) -> Tensor:
+        noise = [
+            gumbel(logits.shape[-1], self.seed, self.draw, n - 1, row) for row, n in zip(read, length, strict=True)
+        ]
+        return noised(logits, self.temperature, torch.stack(noise).to(logits.device)).argmax(-1)
+
+
 def drawing(lm: LM, temperature: float, seed: int, draw: int) -> LM:
-    """A copy that samples where the LM decodes greedily.  Its fingerprint differs, so no greedy answer is remembered for it."""
-    assert "sampling" not in dict(lm.model.named_buffers()), "this one samples already"
-    out = lm.copy()
-
-    def hook(_: Any, __: Any, named: dict[str, Any], output: Any) -> Any:
-        if not named.get("use_cache"):
-            return output  # a likelihood is read
-        ids, mask, places = (named[name].cpu() for name in ("input_ids", "attention_mask", "position_ids"))
-        last = output.logits[:, -1]  # (B, V)
-        noise = torch.stack(
-            [
-                gumbel(last.shape[-1], seed, draw, int(place[-1]), row[keep[-len(row) :].bool()].tolist())
-                for row, keep, place in zip(ids, mask, places, strict=True)
-            ]
-        )
-        output.logits = noised(last, temperature, noise.to(last.device))[:, None]
-        return output
-
-    out.model.register_forward_hook(hook, with_kwargs=True)
-    mark = torch.tensor([temperature, seed, draw], dtype=torch.float64, device=lm.device)
-    out.model.register_buffer("sampling", mark)
-    return out
+    """The same weights, sampled from.  Its fingerprint differs, so no greedy answer is remembered for it."""
+    return replace(lm, pick=Draw(temperature, seed, draw))
 
 
 @dataclass(frozen=True, config=STRICT)

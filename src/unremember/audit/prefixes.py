@@ -15,9 +15,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unremember import team
 from unremember.bench import BENCH, Bench
+from unremember.decode import decode, likeliest, plain, roomy
 from unremember.lm import LM
 from unremember.table import continuations
 
@@ -68,15 +70,12 @@ def _speak(lm: LM, wanted: dict[Ids, set[int]], bench: Bench) -> dict[Ids, dict[
     texts = list(wanted)
     child, where, paths = _trie(texts)
     best, cache = _read(lm, texts, where)
-    ends = lm.model.generation_config.eos_token_id
-    stop = {lm.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-
     walked: dict[tuple[Ids, int], tuple[list[int], int, int]] = {}  # what follows texts; then a branch, and its tokens
     need: dict[int, int] = {}  # branch -> most tokens after its first
     for ids, path in zip(texts, paths, strict=True):
         for cut in wanted[ids]:
             said, node, branch = [], path[cut], -1
-            while len(said) < len(ids) - cut and (token := best[node]) not in stop:
+            while len(said) < len(ids) - cut and (token := best[node]) not in lm.stop:
                 said.append(token)
                 if (node, token) not in child:
                     branch = node
@@ -88,8 +87,8 @@ def _speak(lm: LM, wanted: dict[Ids, set[int]], bench: Bench) -> dict[Ids, dict[
                 need[branch] = max(left, need.get(branch, 0))
 
     starts = [(node, *where[node], best[node], new) for node, new in need.items()]
-    if _plain(cache, max(map(len, texts))):
-        tails = _decode(lm, cache, starts, stop, bench.batch)
+    if plain(lm.model.config):
+        tails = _decode(lm, cache, starts, bench.batch)
     else:  # windows and recurrent states cannot be cut at a place: from the tokens, then
         said = continuations(lm, [((*texts[b][:t], token), new) for _, b, t, token, new in starts], bench)
         tails = {start[0]: list(ids) for start, ids in zip(starts, said, strict=True)}
@@ -132,59 +131,19 @@ def _read(lm: LM, texts: Sequence[Ids], where: Sequence[tuple[int, int]]) -> tup
     return [-1, *top.indices.tolist()], cache
 
 
-def _plain(cache: Any, width: int) -> bool:
-    """Whether every layer kept keys and values of all places."""
-    from transformers.cache_utils import DynamicLayer
-
-    return all(type(layer) is DynamicLayer and layer.get_seq_length() == width for layer in cache.layers)
-
-
-def _decode(
-    lm: LM, cache: Any, starts: Sequence[tuple[int, int, int, int, int]], stop: set[int], batch: int
-) -> dict[int, list[int]]:
+def _decode(lm: LM, cache: Any, starts: Sequence[tuple[int, int, int, int, int]], batch: int) -> dict[int, list[int]]:
     """starts: (node, text, length of the prefix, first token behind it, most further tokens) -> node: further tokens."""
-    tails: dict[int, list[int]] = {start[0]: [] for start in starts}
-    order = sorted(starts, key=lambda start: (-start[-1], start[2]))  # who ends first stands last
+    tails: dict[int, list[int]] = {}
+    order = sorted(starts, key=lambda start: (-start[-1], start[2]))  # who may say as much goes together
     for first in range(0, len(order), batch):
-        _decode_together(lm, cache, order[first : first + batch], stop, tails)
+        nodes, texts, lengths, tokens, news = zip(*order[first : first + batch], strict=True)
+        text, length, token = (torch.tensor(x, device=lm.device) for x in (texts, lengths, tokens))
+        slots = torch.arange(max(lengths), device=lm.device) - (max(lengths) - length)[:, None]  # (B, S), right-aligned
+        seen, slots = (slots >= 0).long(), slots.clamp(min=0)
+
+        def take(x: Tensor, rows: Tensor = text[:, None], slots: Tensor = slots) -> Tensor:
+            return x[rows, :, slots].transpose(1, 2)
+
+        own = roomy(cache, take, max(news), lm.attention_dtype)
+        tails |= zip(nodes, decode(lm.step, likeliest, own, seen, token, news, lm.stop), strict=True)
     return tails
-
-
-def _decode_together(
-    lm: LM, cache: Any, starts: Sequence[tuple[int, int, int, int, int]], stop: set[int], tails: dict[int, list[int]]
-) -> None:
-    from transformers import DynamicCache
-
-    _, texts, lengths, tokens, news = (torch.tensor(x, device=lm.device) for x in zip(*starts, strict=True))
-    slots = (
-        torch.arange(int(lengths.max()), device=lm.device) - (lengths.max() - lengths)[:, None]
-    )  # (B, M), right-aligned
-    mask, slots = (slots >= 0).long(), slots.clamp(min=0)
-    own = DynamicCache(
-        [
-            tuple(kept[texts[:, None], :, slots].transpose(1, 2) for kept in (layer.keys, layer.values))
-            for layer in cache.layers
-        ]
-    )
-    ids, positions, alive = tokens[:, None], lengths[:, None], list(starts)
-    for step in range(int(news.max())):
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-        with lm.headed(lambda hidden: hidden[:, -1:]):
-            logits = lm.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=own, use_cache=True
-            ).logits
-        ids = logits[:, -1:].argmax(-1)
-        keep = []
-        for at, (start, token) in enumerate(zip(alive, ids[:, 0].tolist(), strict=True)):
-            if token not in stop:
-                tails[start[0]].append(token)
-                if step + 1 < start[-1]:
-                    keep.append(at)
-        if not keep:
-            return
-        positions = positions + 1
-        if len(keep) < len(alive):
-            kept: Any = slice(len(keep)) if keep[-1] + 1 == len(keep) else torch.tensor(keep, device=lm.device)
-            own.batch_select_indices(kept)
-            mask, positions, ids = mask[kept], positions[kept], ids[kept]
-            alive = [alive[at] for at in keep]

@@ -1,0 +1,106 @@
+"""Decoding: rows that have been read already go on together, a token a step, and each leaves the batch when it has ended.
+
+Keys and values live in one piece of memory with room for what will be said, in the precision of attention: no step copies
+them, and of a row that leaves only its gap is filled.  Everything here is about tensors; `LM` knows the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+Step = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""ids (B, T), seen (B, S) of what is kept and of ids (0 = padding), positions (B, T), cache -> logits behind the last (B, V)"""
+
+Pick = Callable[[Tensor, list[list[int]], list[int]], Tensor]
+"""logits (B, V), the tokens that were read last, a list a row, how many stand in front of the next -> the next token (B,)"""
+
+
+def likeliest(logits: Tensor, read: list[list[int]], length: list[int]) -> Tensor:
+    """The Pick of greedy decoding."""
+    return logits.argmax(-1)
+
+
+def plain(config: Any) -> bool:
+    """Whether every layer of a model keeps keys and values of all places: no windows, no recurrent state."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+def roomy(cache: Any, take: Callable[[Tensor], Tensor], more: int, dtype: torch.dtype) -> Cache:
+    """Keys and values of rows that are to go on, with room for `more` places.
+
+    take: (L, K, T, D) of a layer of `cache`, keys or values, -> (B, K, S, D), a row's own on the right.
+    """
+    return Cache([_Roomy(take(layer.keys), take(layer.values), more, dtype) for layer in cache.layers])
+
+
+class _Roomy(DynamicLayer):
+    """A layer of transformers' cache that grows into memory which it has."""
+
+    def __init__(self, keys: Tensor, values: Tensor, more: int, dtype: torch.dtype):
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = dtype, keys.device, True
+        rows, heads, self.used, _ = keys.shape
+        self.room = [x.new_empty(rows, heads, self.used + more, x.shape[-1], dtype=dtype) for x in (keys, values)]
+        for room, x in zip(self.room, (keys, values), strict=True):
+            room[:, :, : self.used] = x
+        self._show(rows)
+
+    def _show(self, rows: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (x[:rows, :, : self.used] for x in self.room)
+        return self.keys, self.values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        rows, _, new, _ = key_states.shape
+        for room, x in zip(self.room, (key_states, value_states), strict=True):
+            room[:rows, :, self.used : self.used + new] = x
+        self.used += new
+        return self._show(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows; those that stay where they are cost nothing."""
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
+        for room in self.room if len(moved) else ():
+            room[moved, :, : self.used] = room[indices[moved], :, : self.used]
+        self._show(len(indices))
+
+
+def staying(keep: Sequence[bool]) -> list[int]:
+    """Which row goes where when the others leave: the last ones move into the gaps, all others stay."""
+    left = sum(keep)
+    movers = iter([at for at in range(left, len(keep)) if keep[at]][::-1])
+    return [at if keep[at] else next(movers) for at in range(left)]
+
+
+def decode(
+    step: Step, pick: Pick, cache: Any, seen: Tensor, tokens: Tensor, news: Sequence[int], stop: set[int]
+) -> list[list[int]]:
+    """What rows say behind `tokens` (B,), at most news[b] tokens each, without the end mark.  Uses the cache up.
+
+    cache: of all that stands in front of `tokens`, S places; seen: (B, S), 1 where a place is the row's own.
+    """
+    said: list[list[int]] = [[] for _ in news]
+    alive, keep = list(range(len(news))), [new > 0 for new in news]
+    positions = seen.sum(1)
+    while any(keep):
+        if not all(keep):
+            order = staying(keep)
+            kept = torch.tensor(order, device=tokens.device)
+            cache.batch_select_indices(kept)
+            seen, positions, tokens = seen[kept], positions[kept], tokens[kept]
+            alive = [alive[at] for at in order]
+        seen = torch.cat([seen, seen.new_ones(len(alive), 1)], 1)
+        logits = step(tokens[:, None], seen, positions[:, None], cache)
+        positions = positions + 1
+        tokens = pick(logits, tokens[:, None].tolist(), positions.tolist())
+        keep = []
+        for b, token in zip(alive, tokens.tolist(), strict=True):
+            if token not in stop:
+                said[b].append(token)
+            keep.append(token not in stop and len(said[b]) < news[b])
+    return said
