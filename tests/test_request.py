@@ -151,6 +151,10 @@ def test_every_line_of_the_template_that_is_commented_out_is_right_too(place, co
     [
         ("forget.chunks=0", "forget.chunks is 0; it must be a whole number from 1"),
         ("forget.chunks=99", "forget.chunks is 99 and there are 12 forget examples; ask for fewer"),
+        (
+            'forget={ method = "kga", chunks = 12 }',
+            "kga compares means over the forget role, and one example makes none",
+        ),
         ('locate={ locator = "integratd", budget = { units = 3 } }', "unknown locator 'integratd'; did you mean"),
         ('locate={ locator = "integrated" }', "give exactly one of units, share and parameters; given: none"),
         ('locate={ locator = "integrated", budget = { units = 3, share = 0.1 } }', "given: units, share"),

@@ -126,3 +126,13 @@ def test_a_holdout_too_small_for_a_mean_is_refused(taught, corpus):
     with pytest.raises(BadCorpus, match="at least 20 holdout examples and there are 19"):
         Stopper.calibrated(taught, few, "accuracy", 1, holds=True)
     assert Stopper.calibrated(taught, corpus.with_roles(holdout=corpus["holdout"][:20]), "accuracy", 1, holds=True)
+
+
+@pytest.mark.parametrize("bare", ["forget", "holdout"])
+def test_a_level_of_other_tokens_is_no_level(taught, corpus, bare):
+    """Values on one side and whole answers on the other: the words of the template would raise the level, or lower it."""
+    some = corpus.with_roles(**{bare: [replace(x, spans=()) for x in corpus[bare]]})
+    with pytest.raises(BadCorpus, match=f"have spans and no {bare} example has any"):
+        Stopper.calibrated(taught, some, "probability", 1, holds=True)
+    neither = corpus.with_roles(**{r: [replace(x, spans=()) for x in corpus[r]] for r in ("forget", "holdout")})
+    assert Stopper.calibrated(taught, neither, "probability", 1, holds=True)

@@ -20,6 +20,7 @@ class Bench:
     say(stage, done, total, terms): called after each unit of work.
     watch(lm): further numbers for each look of a stopper, for curves; they decide nothing.
     memory: score tables and generated answers by model fingerprint; fill it from disk to avoid work.
+    levels: what the first stopper measured, for those of later portions; None = each measures for itself.
     """
 
     device: str = "cpu"
@@ -31,6 +32,7 @@ class Bench:
     say: Callable[[str, int, int, dict[str, float]], None] = _silent
     watch: Callable[[Any], dict[str, float]] | None = None
     memory: dict[str, dict] = field(default_factory=dict)
+    levels: dict[str, dict[str, float]] | None = None
 
 
 BENCH = Bench()

@@ -130,6 +130,10 @@ class Corpus(Mapping[str, tuple[Example, ...]]):
     def with_roles(self, **roles: Iterable[Example]) -> Corpus:
         return replace(self, roles={**self.roles, **{role: tuple(rows) for role, rows in roles.items()}})
 
+    def marked(self, role: str) -> bool:
+        """Whether any example of a role has spans."""
+        return any(x.spans for x in self.of(role))
+
     def require(self, who: str, needs: Iterable[str]) -> None:
         """Raise BadCorpus that names every role `who` needs and does not find."""
         missing = [role for role in needs if not self.roles.get(role)]

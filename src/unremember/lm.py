@@ -42,6 +42,13 @@ class LM:
     name: str = ""
     pick: Pick = likeliest  # how generation chooses a token
 
+    def __post_init__(self):
+        if getattr(self.model, "training", False):
+            raise BadModel(
+                f"{self.name or 'the model'} is in training mode, where dropout blurs what is measured and what is held; call "
+                "model.eval()"
+            )
+
     @property
     def tokenizer(self):
         return self.template.tokenizer

@@ -170,7 +170,7 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     from unremember.attack import PRESETS as ATTACK_PRESETS
     from unremember.audit import AUDITS, EVIDENCE, UTILITY
     from unremember.forget import METHODS, PRESETS
-    from unremember.forget.sequential import portions
+    from unremember.forget.sequential import portioned, portions
     from unremember.lm import check
     from unremember.locate import LOCATORS
     from unremember.locate import PRESETS as LOCATE_PRESETS
@@ -295,8 +295,9 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
                 elif part:
                     corpus.require(who, part.needs)
                 if part is method and part:
-                    if chunks > 1:
-                        portions(corpus["forget"], chunks)
+                    for portion in portions(corpus["forget"], chunks) if chunks > 1 else ():
+                        if hasattr(part, "check"):
+                            part.check(portioned(corpus, portion))
                     if (level := getattr(part, "plan", part).stop) != "never":
                         check_level(corpus, level)
             except BadInput as error:

@@ -52,6 +52,12 @@ def check(corpus: Corpus, metric: str) -> None:
             f"stopping on {metric!r} needs at least {ENOUGH} holdout examples and there are {len(corpus['holdout'])}; "
             'add some, or set forget.plan.stop = "never"'
         )
+    if corpus.marked("forget") != corpus.marked("holdout"):
+        with_spans, without = ("forget", "holdout") if corpus.marked("forget") else ("holdout", "forget")
+        raise BadCorpus(
+            f"the {with_spans} examples have spans and no {without} example has any, so that a level of the one says nothing of "
+            "the other; give spans to both roles (unremember annotate), or to neither"
+        )
     for role in ("forget", "holdout"):
         if metric == "preference" and (bare := [x.id for x in corpus[role] if not x.distractors]):
             raise BadCorpus(
@@ -89,19 +95,24 @@ class Stopper:
         """Measure the level on corpus['holdout'] with `lm`; None for metric 'never'.
 
         holds: whether the method has a term on the retain role, so that stopping may wait for it.
-        Raises BadCorpus where the holdout has fewer than 20 examples.
+        Where bench.levels has the level already, that one stands: it is of the model before any portion was forgotten, where
+        `lm` may have lost the holdout, too.  Raises BadCorpus where the holdout has fewer than 20 examples.
         """
         if metric == "never":
             return None
         check(corpus, metric)
-        level = [known(x, metric) for x in read(lm, lm.template.rows(corpus["holdout"], lm.limit), bench)]
         rows = lm.template.rows(corpus["forget"], lm.limit)
         watch = lm.template.rows(corpus.of("retain")[: len(rows)], lm.limit)
-        floor = KEPT * float(np.mean([known(x, metric) for x in read(lm, watch, bench)])) if holds and watch else 0.0
         asked = corpus["forget"] if metric == "preference" else ()
-        ceiling = preferred(lm, corpus["holdout"], bench) if asked else None
-        mean, worst = float(np.mean(level)), float(np.max(level))
-        return Stopper(metric, every, rows, watch, mean, worst, floor, asked, ceiling, bench)
+        levels = {} if bench.levels is None else bench.levels
+        if metric not in levels:
+            held = [known(x, metric) for x in read(lm, lm.template.rows(corpus["holdout"], lm.limit), bench)]
+            kept = [known(x, metric) for x in read(lm, watch, bench)] if holds and watch else [0.0]
+            levels[metric] = {"mean": float(np.mean(held)), "worst": float(np.max(held)), "kept": float(np.mean(kept))}
+            levels[metric] |= {"ceiling": preferred(lm, corpus["holdout"], bench)} if asked else {}
+        at = levels[metric]
+        floor, ceiling = KEPT * at["kept"], at.get("ceiling")
+        return Stopper(metric, every, rows, watch, at["mean"], at["worst"], floor, asked, ceiling, bench)
 
     def __call__(self, lm: LM, step: int) -> bool:
         seen = read(lm, [*self.rows, *self.watch], self.bench)

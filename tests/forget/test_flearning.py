@@ -457,6 +457,14 @@ def test_facts_that_the_model_does_not_know_are_refused(never, corpus):
         FLearning(OLD, GRID)(never, corpus)
 
 
+def test_a_few_facts_that_it_does_not_know_are_named(taught, corpus):
+    """Finetuning teaches these, and taking that away takes what was never there."""
+    mixed = corpus.with_roles(forget=(*corpus["forget"][:8], *corpus["holdout"][:4]), holdout=corpus["holdout"][4:])
+    names = ", ".join(x.id for x in corpus["holdout"][:4])
+    with pytest.warns(UserWarning, match=rf"does not know {names} \(4 of 12\)"):
+        FLearning(replace(OLD, steps=1), (0.5,), part="span")(taught, mixed)
+
+
 def test_weight_decay_is_refused_with_the_reason(taught, corpus):
     """Decay is a part of δ: the pitfall of section (h), shown, and then refused."""
     plan = Plan(steps=1, lr=1e-3, weight_decay=0.5)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -116,7 +117,7 @@ def test_padding_changes_no_gap(moved, ready):
 def test_g_f_is_the_divergence_from_the_forget_helper(taught, moved, corpus, ready):
     """The helper is trained again, and asked row by row what was kept of it in half precision."""
     rows = ready.pools["forget"]
-    helper = kga._helper(taught, "forget", rows, RECIPE, Bench())
+    helper = kga._helper(taught, "forget", rows, RECIPE, "answer", Bench())
     assert ready.objective.measure(moved) == pytest.approx(slow_gap(helper, moved, rows), rel=2e-3)
     assert ready.objective.measure(moved, Bench(budget=60)) == pytest.approx(ready.objective.measure(moved), rel=1e-4)
 
@@ -398,7 +399,7 @@ def test_what_another_recipe_left_is_not_used(tmp_path):
 
 def told(lm, corpus: Corpus):
     rows = lm.template.rows(corpus.of("forget", "retain"))
-    return kga._helper(lm, "everything", rows, replace(RECIPE, steps=60), Bench())
+    return kga._helper(lm, "everything", rows, replace(RECIPE, steps=60), "answer", Bench())
 
 
 def known(lm, rows) -> np.ndarray:
@@ -460,6 +461,19 @@ def test_a_helper_that_has_not_learnt_is_refused(taught, corpus):
         lazy(taught, corpus)
     with pytest.raises(BadRequest, match=r"learn the forget role hits 0\.\d\d .* forget\.helper\.lr \(0\.0001\)"):
         replace(lazy, base="tiny")(taught, corpus)
+
+
+def test_what_a_helper_must_have_learnt_are_the_tokens_that_count(never, corpus):
+    """Half of an answer is its template, which a model that knows no value hits."""
+    rows, plan = never.template.rows(corpus["forget"]), Plan(steps=1, lr=1e-9)
+    hits = []
+    for part in ("answer", "span"):
+        with pytest.raises(BadRequest, match=r"hits 0\.\d\d") as raised:
+            kga._helper(never, "forget", rows, plan, part, Bench())
+        hits.append(float(re.search(r"hits (0\.\d\d)", str(raised.value))[1]))
+    seen = read(never, rows)
+    assert hits[0] == pytest.approx(np.concatenate([x.hit for x in seen]).mean(), abs=0.01)
+    assert hits[1] == pytest.approx(np.concatenate([x.hit[x.span] for x in seen]).mean(), abs=0.01) != hits[0]
 
 
 def test_a_holdout_that_the_model_knows_is_refused(taught, corpus, monkeypatch):

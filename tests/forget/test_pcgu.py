@@ -199,6 +199,17 @@ def test_once_chosen_rows_stay_the_same_under_any_optimiser(taught, corpus):
         replace(method, k=10**6)(taught, corpus)
 
 
+def test_dynamic_chooses_by_what_is_favoured_even_once(moved, corpus):
+    """Half of the pairs are turned: ranked by answer and decoy, the units would be others."""
+    turned = [replace(x, answer=x.distractors[0], distractors=(x.answer,), spans=()) for x in corpus["forget"][3:6]]
+    few = corpus.with_roles(forget=(*corpus["forget"][:3], *turned))
+    method = PCGU(PLAN, k=40, direction="dynamic", reselect=False)
+    _, scored, favoured = expected_step(moved, few, method)
+    rows = moved_rows(weights(moved), weights(method(moved, few, bench=Bench(budget=60))))
+    assert rows == {(n, i) for _, n, i in scored[:40]} and favoured == 3
+    assert rows != set(Contrast()(moved, few).best(40))
+
+
 def test_terms_that_hold_move_the_chosen_rows_only(taught, corpus):
     held = weights(PCGU(PLAN, k=30, retain=1.0)(taught, corpus))
     free = weights(PCGU(PLAN, k=30)(taught, corpus))

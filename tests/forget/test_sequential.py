@@ -8,10 +8,10 @@ import torch
 
 from unremember.bench import Bench
 from unremember.errors import BadRequest
-from unremember.forget import NPO
+from unremember.forget import NPO, Ascent
 from unremember.forget.sequential import portions, sequential
 from unremember.sites import EVERYWHERE
-from unremember.stop import known
+from unremember.stop import Stopper, known
 from unremember.table import read
 from unremember.train import Plan
 
@@ -50,6 +50,28 @@ def test_every_portion_is_forgotten_and_stays_so(taught, corpus, tmp_path):
     assert last[0]["worst"] < 0.01 and last[1]["worst"] < 0.01, "what was forgotten first stays forgotten"
     kept = [known(x, "probability") for x in read(result, result.template.rows(corpus["retain"]))]
     assert sum(kept) / len(kept) > 0.6
+
+
+def test_all_portions_stop_at_the_level_of_the_model_that_came_in(taught, corpus, tmp_path, monkeypatch):
+    """Ascent takes the holdout down, too; a level read off what the first portion left would ask for more of that."""
+    method = Ascent(Plan(steps=30, lr=2e-3, stop="probability", every=2), part="span")
+    level = Stopper.calibrated(taught, corpus, "probability", 2, holds=False)
+    real, found = Stopper.calibrated, []
+
+    def watched(*given, **named):
+        found.append(real(*given, **named))
+        return found[-1]
+
+    def halt(stage, done, total, terms):
+        if len(found) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stopper, "calibrated", staticmethod(watched))
+    with pytest.raises(KeyboardInterrupt):
+        sequential(method, 2, taught, corpus, EVERYWHERE, Bench(folder=tmp_path / "work", say=halt))
+    result = sequential(method, 2, taught, corpus, EVERYWHERE, Bench(folder=tmp_path / "work"))  # the first is there
+    assert len(found) == 3 and all((x.mean, x.worst) == (level.mean, level.worst) for x in found)
+    assert real(result, corpus, "probability", 2, holds=False).mean < 0.5 * level.mean, "the set-up: the level sinks"
 
 
 def test_a_killed_run_goes_on_behind_the_last_finished_portion(taught, corpus, tmp_path):

@@ -378,6 +378,13 @@ def test_the_model_itself_as_a_scorer_is_warned_of(taught, corpus):
         SeUL(PLAN, spans="online", scorer=taught.copy()).choose(taught, corpus)
 
 
+def test_so_it_is_where_an_adapter_is_trained_over_it(tiny, corpus):
+    """Its fingerprint is another then, its name is not."""
+    lm = replace(tiny.adapted(2, 4), name="tiny")
+    with pytest.warns(UserWarning, match="the scorer is the model that is to forget"):
+        SeUL(PLAN, spans="online", scorer="tiny").choose(lm, corpus)
+
+
 @pytest.mark.parametrize("scorer", ["much", 3, None, "no/such/model"])
 def test_an_unknown_scorer_is_refused_by_name(scorer):
     with pytest.raises(ValidationError) as raised:

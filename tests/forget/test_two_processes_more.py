@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from unremember import team
 from unremember.bench import Bench
 from unremember.errors import BadModel
+from unremember.forget.advrmu import AdvRMU
 from unremember.forget.depn import DEPN
 from unremember.forget.flearning import FLearning
 from unremember.forget.mechanistic import Mechanistic
+from unremember.forget.rmu import RMU
 from unremember.forget.whp import WHP
 from unremember.lm import LM, load
 from unremember.locate.anatomy import components
@@ -247,3 +249,16 @@ def test_depn_refuses_an_adapter_before_it_works(adapted, monkeypatch):
 
 if __name__ == "__main__":
     child(sys.argv[1], Path(sys.argv[2]))
+
+
+@pytest.mark.parametrize("how", ["everywhere", "as a request names it"])
+@pytest.mark.parametrize("name", ["rmu", "advrmu"])
+def test_rmu_moves_the_adapters_down_projections_alone(name, how, adapted):
+    """A request opens the whole adapter; what RMU is, is where it pushes."""
+    sites = EVERYWHERE if how == "everywhere" else Sites.named(adapted.model, ["*lora_*"])
+    more = {"radius": 0.1, "inner": 1, "at": 0.5} if name == "advrmu" else {}
+    method = {"rmu": RMU, "advrmu": AdvRMU}[name](Plan(steps=2, lr=1e-2), 4.0, 10.0, depth=1.0, **more)
+    moved = changed(adapted, method(adapted, people(), sites=sites))
+    assert moved and all("lora_" in n and ".down_proj." in n for n in moved)
+    few = Sites.named(adapted.model, ["*layers.0.self_attn.*lora_*"])
+    assert changed(adapted, method(adapted, people(), sites=few)) <= set(few.masks)

@@ -1,8 +1,9 @@
 """The forget room: one file a method, `(LM, Corpus) -> LM`.  The table below is the list of them.
 
 Presets are the settings that a method starts from where a request names none; numbers that a paper tunes live here, in
-sight, and not in the classes.  Those of ascent, npo and simnpo were tried on the default model and the dossier; the others are
-first guesses, each run once on the default model and not tuned yet (`python -m benchmarks.tune` is the search for it).
+sight, and not in the classes.  Those of most methods were searched for on the default model and a dossier of its own
+(`python -m benchmarks.tune`; benchmarks/compare/tuned.json has every trial); depn's are a first guess that was run, and seul,
+advga, advnpo and advrmu take those of the method that they build on.
 """
 
 from unremember.forget.advga import AdvGA

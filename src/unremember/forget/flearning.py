@@ -18,6 +18,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass as plain
@@ -278,15 +279,21 @@ def _finetuning(part: str) -> Objective:
 
 
 def _must_know(lm: LM, rows: Sequence[Row], bench: Bench) -> None:
-    """BadCorpus where the model does not know what is to be taken from it."""
+    """BadCorpus where the model does not know what is to be taken from it; a warning where it does not know some of it."""
     right = {row.key: known(x, "accuracy") for row, x in zip(rows, read(lm, rows, bench), strict=True)}
     mean = sum(right.values()) / len(right)
+    strange = [key for key, share in right.items() if share < KNOWN]
     if mean < KNOWN:
-        strange = [key for key, share in right.items() if share < KNOWN]
         raise BadCorpus(
             f"flearning takes away what the model knows, and it gets {mean:.0%} of the tokens of these old answers right (at "
             f"least {KNOWN:.0%} are needed): what it never knew would be taught, not taken; remove {', '.join(strange[:5])} "
             f"({len(strange)} in all)"
+        )
+    if strange:
+        warnings.warn(
+            f"flearning takes away what the model knows, and it does not know {', '.join(strange[:5])} ({len(strange)} of "
+            f"{len(right)}); what finetuning teaches of these is subtracted, too: remove them",
+            stacklevel=2,
         )
 
 

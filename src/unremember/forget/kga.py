@@ -73,7 +73,8 @@ class KGA:
 
     helper: how both helpers are trained; all rows a step unless it names a batch.  Its order is drawn by plan.seed, too.
     base: model that the helpers start from, '' = the LM that came in.  The paper starts from what that LM was before it learnt
-    the forget rows; a request does not know this model, so it must be named.
+    the forget rows; a request does not know this model, so it must be named.  Only such a model can tell that the holdout is of
+    another domain: where none is named there is no warning of it.
     close: training ends once |g_f − g_n| ≤ close · g_n and g_f ≥ 0.9 g_n on all forget rows; 0 = it does not end so.  Where
     plan.stop names a level, both must be reached; 'never' there leaves it to the gap.
     plan.beside: retain rows a step; the published code takes 2 to 10 batches of them.
@@ -144,8 +145,10 @@ class KGA:
             return base
 
         def numbers(role: str, rows: list[Row], keep: Callable[[LM], dict[str, Tensor]]) -> dict[str, Tensor]:
-            made_from = fingerprint(repr(recipe), self.base, self.part, [(row.key, row.ids) for row in rows])
-            return _once(bench, role, made_from, lambda: keep(_helper(start(), role, rows, recipe, bench)))
+            made_from = fingerprint(
+                repr(recipe), self.base, self.part, lm.fingerprint, [(row.key, row.ids) for row in rows]
+            )
+            return _once(bench, role, made_from, lambda: keep(_helper(start(), role, rows, recipe, self.part, bench)))
 
         expert = numbers("forget", forget, lambda helper: distributions(helper, forget))
         target = numbers("holdout", new, lambda helper: {"gap": gap(helper, lm, new, self.part)})["gap"].item()
@@ -245,7 +248,7 @@ def gap(expert: LM, lm: LM, rows: Sequence[Row], part: Part) -> Tensor:
     return total / count(rows)[part]
 
 
-def _helper(start: LM, role: str, rows: list[Row], recipe: Plan, bench: Bench) -> LM:
+def _helper(start: LM, role: str, rows: list[Row], recipe: Plan, part: Part, bench: Bench) -> LM:
     """A copy of `start` that was taught `rows`; BadRequest where it has not learnt them."""
 
     def objective(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
@@ -254,7 +257,8 @@ def _helper(start: LM, role: str, rows: list[Row], recipe: Plan, bench: Bench) -
     folder = bench.folder / f"learn-{role}" if bench.folder else None
     own = replace(bench, folder=folder, log=None)  # the log is one of forgetting
     helper = train(start, objective, {role: rows}, recipe, bench=own, stage=f"learn {role}")
-    hits = float(np.concatenate([x.hit for x in read(helper, rows, bench)]).mean())
+    seen = read(helper, rows, bench)
+    hits = float(np.concatenate([x.hit[x.span] if part == "span" else x.hit for x in seen]).mean())
     if hits <= LEARNT:
         raise BadRequest(
             f"kga: the helper that was to learn the {role} role hits {hits:.2f} of its tokens and must hit more than {LEARNT}, "

@@ -7,8 +7,8 @@
 −log(1 − p) = softplus(logit of y − logsumexp of the other logits), exact for p near 0 and near 1.
 Guo, Syed, Sheshadri, Ewart, Dziugaite 2024 (arXiv 2410.12949); the loss is that of HarmBench (Mazeika et al. 2024).  Reference
 code: magikarp01/mechanistic-unlearning, magikarp01/tasks.
-Differs: answers may have several tokens; budgets are never overshot; the learning rate falls linearly, if at all, where theirs
-follows a cosine.  The false answer is a distractor of the same question, one fixed for each example: with one constant for all a
+Differs: answers may have several tokens; budgets are never overshot; the learning rate follows the plan (theirs a cosine).  The
+false answer is a distractor of the same question, one fixed for each example: with one constant for all a
 model learns the constant.  The share of tokens above the cut-off is logged as the term "active", which has no gradient: at 0 the
 loss is silent because its work is done.  No weight masks.  What else differs in finding the place: see locate/.
 """
@@ -102,7 +102,7 @@ class Mechanistic:
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
         corpus.require("mechanistic", self.needs)
-        unnamed = sites.everywhere or _adapter(lm, sites)
+        unnamed = sites.unnamed(lm.model)
         if unnamed and self.locator not in FIXED:  # nothing to trace where nothing is known
             holds = "retain" in self.needs
             stop = Stopper.calibrated(lm, corpus, self.plan.stop, self.plan.every, holds, bench)
@@ -188,12 +188,6 @@ class Mechanistic:
             }
 
         return pools, objective
-
-
-def _adapter(lm: LM, sites: Sites) -> bool:
-    """Whether these sites are a LoRA adapter, all of it: what a request with forget.lora opens when it names no sites."""
-    names = {name for name, _ in lm.model.named_parameters() if "lora_" in name}
-    return bool(names) and set(sites.masks) == names and all(mask is None for mask in sites.masks.values())
 
 
 def false(corpus: Corpus, seed: int) -> list[Example]:

@@ -37,7 +37,7 @@ from unremember.lm import LM
 from unremember.locate import ranking
 from unremember.locate.contrast import Contrast, Line, Pairs, Value, gradient
 from unremember.sites import EVERYWHERE, Sites
-from unremember.tokens import Row, Tokens
+from unremember.tokens import Row, Tokens, pack, packs
 from unremember.train import STRICT, Objective, Plan
 
 Direction = Literal["advantaged", "disadvantaged", "dynamic"]
@@ -115,13 +115,26 @@ class PCGU:
 
     def once(self, lm: LM, corpus: Corpus, sites: Sites, bench: Bench = BENCH) -> Sites:
         """The k units of the whole forget set.  BadRequest where fewer can be chosen."""
-        adv, dis = (within(g, sites) for g in self.contrast.gradients(lm, corpus["forget"], bench))
+        pairs = Pairs.of(lm, corpus["forget"], self.plan.seed)
+        micros = [pack(group).to(lm.device) for group in packs(pairs.answers, bench.budget)]
+        adv, dis = self.contrasted(lm, pairs, micros, sites)
         found = ranking.select(self.contrast.ranking(lm.model, adv, dis), lm.model, ranking.Budget(units=self.k))
         both: dict[str, Tensor | None] = {}
         for name, mask in found.masks.items():
             given = None if sites.everywhere else sites.masks[name]
             both[name] = given if mask is None else mask if given is None else mask & given.to(mask.device)
         return Sites(both)
+
+    def contrasted(self, lm: LM, pairs: Pairs, micros: Sequence[Tokens], sites: Sites) -> list[dict[str, Tensor]]:
+        """∇ Σ v of the answers and of the decoys, zero outside the sites; in 'dynamic' of the favoured and of the others."""
+
+        def side(lm: LM, tokens: Tokens, decoy: bool) -> Tensor:
+            if self.direction != "dynamic":
+                return pairs.side(lm, tokens, self.value, decoy)
+            adv, dis = (pairs.side(lm, tokens, self.value, d) for d in (False, True))
+            return torch.where((adv > dis) == decoy, dis, adv)
+
+        return [within(gradient(lm, micros, lambda lm, t, d=decoy: side(lm, t, d)), sites) for decoy in (False, True)]
 
     def terms(self, lm: LM, corpus: Corpus, bench: Bench = BENCH) -> tuple[dict[str, list[Row]], Objective]:
         return self.objective(lm, corpus, EVERYWHERE, 0.0, bench)
@@ -170,13 +183,6 @@ class _Pulling:
         sides = [self.pairs.side(lm, tokens, value, decoy) for decoy in needed]
         return {"pcgu": pull(sides[0], sides[-1], direction).sum() / tokens.step_rows}
 
-    def contrasted(self, lm: LM, tokens: Tokens, decoy: bool) -> Tensor:
-        """v of the answers or of the decoys; in 'dynamic' of what is favoured now, or of the other. -> (rows,)"""
-        if self.method.direction != "dynamic":
-            return self.pairs.side(lm, tokens, self.method.value, decoy)
-        adv, dis = (self.pairs.side(lm, tokens, self.method.value, d) for d in (False, True))
-        return torch.where((adv > dis) == decoy, dis, adv)
-
 
 @plain(frozen=True)
 class _Selecting:
@@ -194,10 +200,7 @@ class _Selecting:
     def after(self, lm: LM, micros: Sequence[Tokens]) -> None:
         method, rows = self.pulling.method, [tokens for tokens in micros if tokens.role == "forget"]
         with torch.enable_grad():
-            adv, dis = (
-                within(gradient(lm, rows, lambda lm, t, d=decoy: self.pulling.contrasted(lm, t, d)), self.sites)
-                for decoy in (False, True)
-            )
+            adv, dis = method.contrasted(lm, self.pulling.pairs, rows, self.sites)
         if not all(bool(g.isfinite().all()) for side in (adv, dis) for g in side.values()):
             return  # the loop will find the same in the loss
         chosen = method.contrast.ranking(lm.model, adv, dis).best(method.k)

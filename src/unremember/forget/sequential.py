@@ -1,7 +1,9 @@
 """Forget in portions, one after another, each with a fresh optimiser, and look at all of them again after each.
 
 Jang et al. 2023 (arXiv 2210.01504), "sequential unlearning": 128 sequences as 4 × 32 harmed the model less than all at once.
-Differs: any method takes the place of ascent.  The portions follow the order of the forget role.
+Differs: any method takes the place of ascent.  The portions follow the order of the forget role.  All stop at one level, that
+of the model that came in: after the first portion the holdout is known less, too, and a level that sinks with the damage would
+ask for more damage.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from unremember import team
 from unremember.bench import Bench
 from unremember.corpus import Corpus, Example
 from unremember.errors import BadRequest
-from unremember.folder import whole
+from unremember.folder import read_json, whole, write_json
 from unremember.lm import LM
 from unremember.sites import Sites
 from unremember.stop import known
@@ -33,6 +35,13 @@ def portions(examples: tuple[Example, ...], chunks: int) -> list[tuple[Example, 
     return [examples[a:b] for a, b in pairwise(edges)]
 
 
+def portioned(corpus: Corpus, part: tuple[Example, ...]) -> Corpus:
+    """The corpus of one portion: of the role `new` it has the answers to its own questions."""
+    prompts = {x.prompt for x in part}
+    new = [x for x in corpus.of("new") if x.prompt in prompts]
+    return corpus.with_roles(forget=part, **({"new": new} if new else {}))
+
+
 def sequential(
     method: Callable[[LM, Corpus, Sites, Bench], LM], chunks: int, lm: LM, corpus: Corpus, sites: Sites, bench: Bench
 ) -> LM:
@@ -41,7 +50,7 @@ def sequential(
     bench.log gets the steps of all portions, counted on, and after each portion a line `portions` with mean and worst
     probability of the sensitive tokens of every one of them: what was forgotten first must stay forgotten.
     """
-    steps = 0
+    steps, levels = 0, {}
     if bench.folder and team.rank() == 0:
         bench.folder.mkdir(parents=True, exist_ok=True)
     team.wait()
@@ -52,14 +61,14 @@ def sequential(
         if done and done.exists():
             result = lm.copy()
             load_model(result.model, done)
+            levels |= read_json(done.with_name("levels.json")) or {}
         else:
-            work = replace(bench, folder=place / "work" if place else None, log=log)
-            prompts = {x.prompt for x in part}
-            new = [x for x in corpus.of("new") if x.prompt in prompts]
-            result = method(lm, corpus.with_roles(forget=part, **({"new": new} if new else {})), sites, work)
+            work = replace(bench, folder=place / "work" if place else None, log=log, levels=levels)
+            result = method(lm, portioned(corpus, part), sites, work)
             if place and team.rank() == 0:
                 with whole(place) as fresh:
                     save_model(result.model, str(fresh / "model.safetensors"))
+                    write_json(fresh / "levels.json", levels)
             team.wait()
         lm = result
         steps = _join(bench, log, at, steps, _look(lm, corpus, chunks, bench))
