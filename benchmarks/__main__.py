@@ -29,6 +29,7 @@ from unremember.tokens import Row, pack, packs
 from unremember.train import Plan, batch
 
 ROWS = 16
+BUDGET = 2048  # places of a forward pass, as a Bench has them
 
 
 def rows(lm: LM) -> dict[str, list[Row]]:

@@ -13,14 +13,14 @@ from collections.abc import Callable
 import numpy as np
 from pydantic import TypeAdapter
 
-from benchmarks.__main__ import ROWS, timed
+from benchmarks.__main__ import BUDGET, ROWS, timed
 from unremember.corpus import Corpus
 from unremember.embedded.dossier import dossier
 from unremember.forget import METHODS, PRESETS
 from unremember.lm import LM, load
 from unremember.machine import keep_memory
 from unremember.sites import EVERYWHERE
-from unremember.train import batch
+from unremember.train import backward, batch
 
 CASES = {
     "npo": ("npo", {}),
@@ -41,11 +41,10 @@ def prepared(lm: LM, corpus: Corpus, name: str, more: dict) -> Callable[[], None
     where.get(name, lambda: EVERYWHERE)().open(live.model)  # weights that stay need no gradient
 
     def step() -> None:
-        micros = batch(pools, method.plan, 0, 2048)
+        micros = batch(pools, method.plan, 0, BUDGET)
         if hasattr(objective, "before"):
             objective.before(live, micros, 1)
-        for tokens in micros:
-            sum(objective(live, tokens).values()).backward()
+        backward(live, objective, micros, BUDGET)
         live.model.zero_grad()
 
     return step

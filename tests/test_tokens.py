@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from unremember.corpus import Example
 from unremember.errors import BadCorpus
-from unremember.tokens import PLAIN, Row, count, lanes, pack, packs
+from unremember.tokens import PLAIN, Row, count, fitting, joined, lanes, pack, packs
 
 
 def slow(lm, rows: list[Row]) -> list[torch.Tensor]:
@@ -223,6 +223,31 @@ def test_packs_partition_the_rows_and_keep_their_budget(rows, budget, width):
     assert sorted(row.key for group in groups for lane in group for row in lane) == sorted(row.key for row in rows)
     for group in groups:
         assert pack(group).ids.numel() <= budget or [len(lane) for lane in group] == [1]
+
+
+@given(some_rows(), st.integers(1, 60), st.integers(1, 200))
+def test_joined_batches_are_one_that_holds_them_all(rows, width, budget):
+    """Every scored token keeps its row, its target, and the text that its source sees."""
+    micros = [pack([lane]) for lane in lanes(rows, width)]
+    groups = fitting(micros, budget)
+    assert [id(t) for group in groups for t in group] == [id(t) for t in micros]
+    for group in groups:
+        whole = joined(group)
+        assert whole.ids.numel() <= budget or len(group) == 1
+        assert whole.keys == tuple(key for t in group for key in t.keys) and len(whole.row) == sum(
+            len(t.row) for t in group
+        )
+
+        def told(t):
+            flat, wide = t.ids.flatten(), t.ids.shape[1]
+            for row, source, target in zip(t.row.tolist(), t.source.tolist(), t.target.tolist(), strict=True):
+                lane, place = divmod(source, wide)
+                seen = t.visible[lane, 0, place].nonzero()[:, 0]
+                depth = t.positions[lane, seen].tolist()
+                text = [int(flat[lane * wide + int(p)]) for p in seen[torch.tensor(depth).argsort()]]
+                yield t.keys[row], target, depth, text
+
+        assert list(told(whole)) == [x for t in group for x in told(t)]
 
 
 @given(some_rows(), st.integers(1, 60))

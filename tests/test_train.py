@@ -164,6 +164,47 @@ def test_accumulation_is_exact(tiny, pools):
         torch.testing.assert_close(many[name], grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
+def read(tiny, pools, budget: int, alone: bool = False) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Weights after one plain step, and how many lanes each pass had."""
+    seen: list[int] = []
+
+    def watched(lm, tokens):
+        if not seen:
+            lm.model.register_forward_pre_hook(
+                lambda _, given, named: seen.append(len(named["input_ids"])), with_kwargs=True
+            )
+            seen.append(0)
+        return objective(lm, tokens)
+
+    watched.alone = alone
+    plan = Plan(steps=1, lr=0.5, optimiser="sgd")
+    return weights(train(tiny, watched, pools, plan, bench=Bench(budget=budget))), seen[1:]
+
+
+def test_roles_share_a_pass_where_they_fit(tiny, pools):
+    """Larger products, and each weight's gradient is cast and added up once: the same numbers up to rounding."""
+    one, passes = read(tiny, pools, 2048)
+    two, apart = read(tiny, pools, 2048, alone=True)
+    many, small = read(tiny, pools, 60)
+    assert len(passes) == 1 and len(apart) == 2 and sum(passes) == sum(apart) and len(small) > 2
+    for name, w in one.items():
+        for other in (two, many):
+            torch.testing.assert_close(w, other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_pass_is_shared_only_where_gradients_are_asked_for(tiny, pools):
+    """A reference that an objective reads by the way must not be what the others are trained with."""
+    micros = batch(pools, PLAN, 0, 2048)
+    lm = tiny.together(micros)
+    with torch.no_grad():
+        plain = lm.logp(micros[0])
+    assert not lm.joint.parts and not plain.requires_grad
+    live = lm.logp(micros[0])
+    assert live.requires_grad and lm.joint.parts[1].requires_grad
+    torch.testing.assert_close(live.detach(), plain, rtol=1e-4, atol=1e-5)
+    assert tiny.together(micros[:1]) is tiny
+
+
 def test_the_gradient_is_that_of_the_mean_over_tokens(tiny, pools):
     """One plain forward a row, all token losses of a role in one list, one mean."""
     lm = tiny.copy()

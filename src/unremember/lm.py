@@ -10,7 +10,7 @@ import copy
 import json
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -24,7 +24,7 @@ from unremember import team
 from unremember.attention import quick
 from unremember.decode import Pick, decode, likeliest, plain, roomy
 from unremember.errors import BadModel
-from unremember.tokens import Row, Template, Tokens, lanes, pack
+from unremember.tokens import Row, Template, Tokens, joined, lanes, pack
 
 SHARED = 256  # places of a lane of prompts
 
@@ -41,6 +41,7 @@ class LM:
     precision: str = "fp32"
     name: str = ""
     pick: Pick = likeliest  # how generation chooses a token
+    joint: _Joint | None = field(default=None, repr=False)  # micro-batches that share a pass
 
     def __post_init__(self):
         if getattr(self.model, "training", False):
@@ -104,6 +105,13 @@ class LM:
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
         return replace(self, model=get_peft_model(copy.deepcopy(self.model), config).eval())
 
+    def together(self, micros: Sequence[Tokens]) -> LM:
+        """The same, for one step: whoever first asks it for one of these micro-batches, with gradients, has all of them read.
+
+        One pass has larger products, and casts and adds up each weight's gradient once.  To be dropped after the step.
+        """
+        return replace(self, joint=_Joint(tuple(micros))) if len(micros) > 1 else self
+
     def logits(self, tokens: Tokens, cache: Any = None) -> Tensor:
         """Logits that predict each scored token, and no others. -> (N, V)
 
@@ -111,6 +119,8 @@ class LM:
         Without gradients the head runs in the weights' own precision: bfloat16 logits would tie close candidates.
         cache: an empty one of transformers, which gets keys and values of every place.
         """
+        if self.joint and torch.is_grad_enabled() and any(t is tokens for t in self.joint.micros):
+            return self.joint.logits(self, tokens)
         with self.headed(lambda hidden: hidden.flatten(0, 1)[tokens.source][None]):
             out = self.model(
                 input_ids=tokens.ids,
@@ -309,6 +319,20 @@ class LM:
         """Write weights (safetensors; the adapter alone for a LoRA model), tokenizer and generation settings to `folder`."""
         self.model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
+
+
+@dataclass
+class _Joint:
+    """Micro-batches of a step, and their logits once they have been read."""
+
+    micros: tuple[Tokens, ...]
+    parts: tuple[Tensor, ...] = ()
+
+    def logits(self, lm: LM, tokens: Tokens) -> Tensor:
+        if not self.parts:
+            whole = replace(lm, joint=None).logits(joined(self.micros))
+            self.parts = whole.split([len(t.row) for t in self.micros])
+        return next(part for t, part in zip(self.micros, self.parts, strict=True) if t is tokens)
 
 
 class _LogP(torch.autograd.Function):

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unremember.corpus import Example
 from unremember.errors import BadCorpus
@@ -161,6 +163,43 @@ def pack(lanes: Sequence[Sequence[Row]], role: str = "", totals: tuple[int, dict
     return Tokens(
         role, ids, positions, visible[:, None], row, source, target, answer, span, end, keys, step_rows, step_tokens
     )
+
+
+def joined(group: Sequence[Tokens]) -> Tokens:
+    """Micro-batches as one: their lanes one under another, what is scored in the same order.  Totals are those of the first."""
+    width = max(t.ids.shape[1] for t in group)
+    wide = [width - t.ids.shape[1] for t in group]
+    lanes = [0, *accumulate(len(t.ids) for t in group)]
+    rows = [0, *accumulate(t.rows for t in group)]
+    eye = torch.eye(width, dtype=torch.bool, device=group[0].ids.device)
+    visible = eye.repeat(lanes[-1], 1, 1)[:, None]
+    source = []
+    for t, at in zip(group, lanes, strict=False):
+        lane, place = t.source.div(t.ids.shape[1], rounding_mode="floor"), t.source % t.ids.shape[1]
+        visible[at : at + len(t.ids), :, : t.ids.shape[1], : t.ids.shape[1]] = t.visible
+        source.append((at + lane) * width + place)
+    return replace(
+        group[0],
+        ids=torch.cat([F.pad(t.ids, (0, more)) for t, more in zip(group, wide, strict=True)]),
+        positions=torch.cat([F.pad(t.positions, (0, more)) for t, more in zip(group, wide, strict=True)]),
+        visible=visible,
+        row=torch.cat([t.row + at for t, at in zip(group, rows, strict=False)]),
+        source=torch.cat(source),
+        keys=tuple(key for t in group for key in t.keys),
+        **{name: torch.cat([getattr(t, name) for t in group]) for name in ("target", "answer", "span", "end")},
+    )
+
+
+def fitting(micros: Sequence[Tokens], budget: int) -> list[list[Tokens]]:
+    """Neighbours that fit into one pass of at most `budget` places, in their order."""
+    groups: list[list[Tokens]] = []
+    for t in micros:
+        last = [*groups[-1], t] if groups else []
+        if last and sum(len(x.ids) for x in last) * max(x.ids.shape[1] for x in last) <= budget:
+            groups[-1] = last
+        else:
+            groups.append([t])
+    return groups
 
 
 def _trie(rows: Sequence[Row]) -> tuple[list[int], list[int], list[int], list[list[int]]]:

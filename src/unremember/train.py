@@ -28,7 +28,7 @@ from unremember.bench import BENCH, Bench
 from unremember.errors import Diverged
 from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites
-from unremember.tokens import Row, Tokens, count, pack, packs
+from unremember.tokens import Row, Tokens, count, fitting, pack, packs
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Part = Literal[
@@ -41,7 +41,8 @@ class Objective(Protocol):
 
     An objective may also have `before(lm, micros, step)`, called when a step (counted from 1) begins, for what must be known of
     the whole step (KGA's sign), and `after(lm, micros)`, called between the last backward pass and the optimiser, where it may
-    edit gradients (PCGU's rows).  micros: this process's micro-batches of the step.
+    edit gradients (PCGU's rows).  micros: this process's micro-batches of the step.  `alone = True`: it makes passes of its own
+    over what it is given (Perturbed), so that micro-batches need not share one.
     """
 
     def __call__(self, lm: LM, tokens: Tokens, /) -> Mapping[str, Tensor]: ...
@@ -154,21 +155,10 @@ def train(
             break
         for group in optimiser.param_groups:
             group["lr"] = plan.rate(step)
-        sums: dict[str, float] = {}
-        scored: dict[str, int] = {}
         micros = [tokens.to(lm.device) for tokens in batch(pools, plan, step, bench.budget)]
         before(lm, micros, step + 1)
-        with lm.casts():
-            for tokens in micros:
-                terms = objective(lm, tokens)
-                (
-                    torch.stack(list(terms.values())).sum() * team.size()
-                ).backward()  # FSDP2 averages over processes, and our terms must add up
-                scored[tokens.role] = tokens.step_tokens["train"]
-                for name, value in terms.items():
-                    sums[name] = sums.get(name, 0.0) + float(value.detach())
+        sums = team.total(backward(lm, objective, micros, bench.budget))
         after(lm, micros)
-        sums = team.total(sums)
         gradients = [w.grad for w in weights if w.grad is not None]
         reached: Any = torch.nn.utils.get_total_norm(gradients)
         if plan.clip:
@@ -188,7 +178,7 @@ def train(
                 "terms": sums,
                 "norm": norm,
                 "lr": plan.rate(step),
-                "tokens": sum(scored.values()),
+                "tokens": sum({t.role: t.step_tokens["train"] for t in micros}.values()),
             }
             look = {"look": stop.looks[-1], "stopped": stopped} if stop is not None and _looks(stop, done) else {}
             with bench.log.open("a", encoding="utf-8") as file:
@@ -210,6 +200,26 @@ def train(
         shutil.rmtree(bench.folder, ignore_errors=True)
     team.wait()
     return replace(source, model=result.model.eval())
+
+
+def backward(lm: LM, objective: Objective, micros: Sequence[Tokens], budget: int) -> dict[str, float]:
+    """Add the gradients of a step's terms to what the weights have; returns the terms.
+
+    Micro-batches share a pass where they fit into one of `budget` places: but not between sharded processes, which must make
+    equally many, nor for an objective that makes its own.
+    """
+    alone = team.size() > 1 or getattr(objective, "alone", False)
+    sums: dict[str, float] = {}
+    with lm.casts():
+        for group in [[tokens] for tokens in micros] if alone else fitting(micros, budget):
+            shared, losses = lm.together(group), []
+            for tokens in group:
+                for name, value in objective(shared, tokens).items():
+                    losses.append(value)
+                    sums[name] = sums.get(name, 0.0) + float(value.detach())
+            # FSDP2 averages over processes, and our terms must add up
+            (torch.stack(losses).sum() * team.size()).backward()
+    return sums
 
 
 def _idle(*_: object) -> None:

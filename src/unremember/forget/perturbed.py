@@ -171,6 +171,10 @@ class Perturbed:
     step: Annotated[int, Field(ge=0)] = 0
     role: str = "forget"
 
+    @property
+    def alone(self) -> bool:
+        return bool(self.radius)
+
     def before(self, lm: LM, micros: Sequence[Tokens], step: int) -> None:
         self.step = step
         if hook := getattr(self.objective, "before", None):

@@ -42,15 +42,15 @@ def holding(lm: LM, rows: list[Row], weight: float, kl: float) -> Keep:
     reference = distributions(lm, rows) if kl else {}
 
     def keep(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
-        terms: dict[str, Tensor] = {}
-        logits = lm.logits(tokens).float()  # (N, V)
         total = tokens.step_tokens["train"]
+        if not kl:  # the likelihood alone needs no (N, V) matrix in float32
+            return {tokens.role: weight * tokens.per_row(-lm.logp(tokens), "train").sum() / total}
+        logp = F.log_softmax(lm.logits(tokens).float(), -1)  # (N, V)
+        gap = kl_loss(recall(reference, tokens), logp)
+        terms = {f"{tokens.role} KL": kl * tokens.per_row(gap, "train").sum() / total}
         if weight:
-            nll = F.cross_entropy(logits, tokens.target, reduction="none")
+            nll = -logp.gather(1, tokens.target[:, None])[:, 0]
             terms[tokens.role] = weight * tokens.per_row(nll, "train").sum() / total
-        if kl:
-            gap = kl_loss(recall(reference, tokens), F.log_softmax(logits, -1))
-            terms[f"{tokens.role} KL"] = kl * tokens.per_row(gap, "train").sum() / total
         return terms
 
     return keep
