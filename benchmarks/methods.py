@@ -13,7 +13,8 @@ from collections.abc import Callable
 import numpy as np
 from pydantic import TypeAdapter
 
-from benchmarks.__main__ import BUDGET, ROWS, timed
+from benchmarks.measure import timed
+from benchmarks.stages import BUDGET, ROWS
 from unremember.corpus import Corpus
 from unremember.embedded.dossier import dossier
 from unremember.forget import METHODS, PRESETS
