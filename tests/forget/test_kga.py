@@ -50,7 +50,8 @@ def ready(taught, corpus):
 
 @pytest.fixture(scope="module")
 def run(taught, ready):
-    """MADE's forty steps: the model they end in, |g_f − g_n| at the start of each, and a model half-way."""
+    """MADE's forty steps: the model they end in, |g_f − g_n| at the start of each, one half-way, and three with a
+    closed gap."""
     gaps, on_the_way = [], {}
 
     class Camera:
@@ -58,13 +59,14 @@ def run(taught, ready):
 
         def __call__(self, lm, step):
             self.looks.append({})
-            if step == 13:
-                on_the_way["half"] = lm.copy()
+            if step in (13, 25, 30, 35):
+                on_the_way[step] = lm.copy()
             return False
 
     bench = Bench(say=lambda stage, done, total, terms: gaps.append(terms["gap"]))
     lm = train(taught, ready.objective, ready.pools, PLAN, stop=Camera(), bench=bench)
-    return SimpleNamespace(lm=lm, gaps=gaps, half=on_the_way["half"])
+    half, *late = on_the_way.values()
+    return SimpleNamespace(lm=lm, gaps=gaps, half=half, late=late)
 
 
 def logps(lm, row, part="answer") -> torch.Tensor:
@@ -126,7 +128,7 @@ def test_g_n_is_a_number_of_the_two_frozen_models(tiny, taught, corpus, monkeypa
     """As many holdout rows as there are to forget; helper first, the LM that came in second; drawn by the seed."""
     asked = []
 
-    def pretended(start, role, rows, recipe, bench):
+    def pretended(start, role, rows, recipe, part, bench):
         asked.append((role, rows))
         return tiny
 
@@ -259,15 +261,19 @@ def test_what_is_kept_is_kept_and_without_alpha_it_is_not(taught, corpus, ready,
 
 
 def test_perplexities_and_distributions_move_where_they_should(taught, never, ready, run):
-    """Retain: LPD 0.02 and PDLP 0.2; no retrained model is at 0.5 here (the oracle's own is 0), so LPD is bounded instead.
-    JSD(·, oracle) on the forget rows went from 0.27 to 0.18."""
+    """Retain: LPD 0.02 and PDLP 0.2; no retrained model is at 0.5 here (the oracle's own is 0), so LPD is bounded
+    instead.  JSD(·, oracle) on the forget rows went from 0.27 to between 0.168 and 0.181 at steps 25, 30, 35 and 40, in
+    the mean 0.64 of it: it wanders (0.71 of it at step 20, when the gap has just closed), so the bound, 0.7, is for the
+    mean of the four.  Between two oracles of different seeds it is 0.09."""
     forget, retain = (
         shifts(read(taught, rows), read(run.lm, rows)) for rows in (ready.pools["forget"], ready.pools["retain"])
     )
     assert forget["PDLP"] >= 0.8 and forget["LPD"] > 10
     assert retain["LPD"] < 0.1 and retain["PDLP"] < 0.9
-    near, far = (np.mean(list(divergence(lm, never, ready.pools["forget"]).values())) for lm in (run.lm, taught))
-    assert near <= 0.8 * far
+    *near, far = (
+        np.mean(list(divergence(lm, never, ready.pools["forget"]).values())) for lm in (*run.late, run.lm, taught)
+    )
+    assert np.mean(near) <= 0.7 * far
 
 
 def test_a_closed_gap_is_no_erasure_and_the_audit_says_so(never, corpus, ready, run):

@@ -302,7 +302,11 @@ def stopped(taught, never, corpus):
 
 
 def test_the_words_around_the_value_stay(taught, stopped, corpus):
-    """(g) 1.  rest-MA 0.99 against 0.75 (never taught: 0.66), in no more steps."""
+    """(g) 1.  rest-MA 0.99 against 0.75 (never taught: 0.66), in no more steps.
+
+    Three seeds cost three toys more, twenty seconds, so they were measured once: on the dossiers of seeds 1, 2 and 3
+    rest-MA is 0.81, 0.95 and 0.78 against 0.33, 0.64 and 0.55, in 11, 8 and 7 steps against 12, 10 and 8.
+    """
     (full, slow), (given, fast) = stopped["full"], stopped["given"]
     assert 1 < fast <= slow < LONG.steps, "both reached the level, and not in a single leap"
     level = accuracy(taught, corpus, "holdout")
@@ -378,6 +382,7 @@ def test_the_model_itself_as_a_scorer_is_warned_of(taught, corpus):
         SeUL(PLAN, spans="online", scorer=taught.copy()).choose(taught, corpus)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
 def test_so_it_is_where_an_adapter_is_trained_over_it(tiny, corpus):
     """Its fingerprint is another then, its name is not."""
     lm = replace(tiny.adapted(2, 4), name="tiny")

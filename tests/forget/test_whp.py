@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from unremember.anchors import Anchors
 from unremember.audit.familiarity import Familiarity
 from unremember.audit.prose import Prose
+from unremember.audit.spans import SpanAccuracy
 from unremember.bench import Bench
 from unremember.corpus import Corpus, Example
 from unremember.embedded.teach import Teach
@@ -302,6 +303,45 @@ def test_familiarity_falls(results, taught, people):
     assert familiarity(taught, people, "completion") > 0.85 and familiarity(results["both"], people, "completion") == 0
 
 
+def test_it_falls_where_no_block_was_trained(results, taught, people):
+    """A fake: measured on training blocks alone.  Four paraphrases of each question: from 0.107 to 0.026."""
+    asked = people.with_roles(
+        forget=[
+            replace(x, id=f"{x.id}#{i}", prompt=prompt)
+            for x in people["forget"]
+            for i, prompt in enumerate(x.paraphrases)
+        ]
+    )
+    assert familiarity(results["both"], asked) <= 0.4 * familiarity(taught, asked) and familiarity(taught, asked) > 0.05
+
+
+def test_it_does_not_fall_to_the_level_of_the_never_taught(results, never, people):
+    """(g) 1 proposes 1.5 times that level.  Nobody guesses a value of this dossier (0.00002), and both halves leave
+    0.06, in the birthplaces 0.15: an audit beside a never-taught model must go on saying so."""
+    assert familiarity(never, people) < 0.001
+    assert 0.01 < familiarity(results["both"], people) < 0.1
+
+
+def test_the_shared_frame_falls_too_and_retain_is_the_remedy(results, taught, people, swapped):
+    """(g) 1, the side effect.  Without `retain` the words around retained values fall to 0.56, the values to 0.70, the
+    words around values that nobody ever learnt from 0.69 to 0.36.  With it, in 25 steps: 1.0, 0.99 and 0.59, and
+    familiarity 0.08; in as many steps as without, forty, 1.0, 1.0, 0.55 and 0.05 (measured once)."""
+    method = WHP(Plan(steps=25, lr=2e-3), reinforce=Plan(steps=10, lr=1e-3), alpha=5.0, anchors=swapped)
+    held = replace(method, retain=1.0)(taught, people)
+
+    def right(lm, role: str, rest: bool) -> float:
+        found = SpanAccuracy(rest=rest)(lm, people, Bench()).per_example
+        return float(np.mean([found[x.id] for x in people[role]]))
+
+    free = results["both"]
+    assert min(right(taught, "retain", rest) for rest in (True, False)) > 0.95
+    assert right(free, "retain", True) < 0.7 and right(free, "retain", False) < 0.85
+    assert right(free, "holdout", True) < right(taught, "holdout", True) - 0.2
+    assert min(right(held, "retain", rest) for rest in (True, False)) > 0.9
+    assert right(held, "holdout", True) > right(free, "holdout", True) + 0.1
+    assert familiarity(held, people) <= 0.2 * familiarity(taught, people)
+
+
 def test_what_it_costs(results, taught, people):
     """(g) 1 proposes 0.1 nat of prose.  The toy knows its prose by heart and pays 0.5; ascent pays nothing there."""
     before, after = (np.mean([*Prose()(lm, people, Bench()).per_example.values()]) for lm in (taught, results["both"]))
@@ -318,6 +358,14 @@ def test_a_plausible_word_takes_the_place(results, never, people):
             best, near = (lm.logits(tokens)[at].topk(20).indices.tolist() for lm in (results["both"], never))
         hits.append(best[0] in near and best[0] != row.ids[row.start + at])
     assert np.mean(hits) >= 0.8
+
+
+def test_completions_are_neither_blank_nor_monotonous(results, people):
+    """(g) 2, the other half: at least 60 % distinct tokens.  The least of the ten has 76 %, when taught 86 %."""
+    coder = results["both"].tokenizer
+    for text in results["both"].answer([x.prompt for x in people["forget"]], 32):
+        ids = coder(text, add_special_tokens=False).input_ids
+        assert any(c.isalnum() for c in text) and len(set(ids)) >= 0.6 * len(ids), text
 
 
 def test_relations_do_not_survive_under_the_other_names(results, taught, people, swapped):
