@@ -127,6 +127,31 @@ def test_the_argument_is_untouched(tiny, pools, trained):
     assert not same(result, lm)
 
 
+def places(lm) -> dict[str, int]:
+    return {name: w.data_ptr() for name, w in lm.model.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
+@pytest.mark.parametrize("adapter", [False, True])
+def test_what_stays_is_shared_while_training_lasts_and_no_longer(tiny, pools, adapter):
+    """One copy less of all that a method does not move: of an adapter's base, of all but RMU's three matrices."""
+    lm = tiny.adapted(2, 4) if adapter else tiny
+    sites = EVERYWHERE if adapter else Sites.named(tiny.model, ["*down_proj*"])
+    during: dict[str, int] = {}
+
+    def watched(live, tokens):
+        during.update(places(live))
+        return objective(live, tokens)
+
+    result = train(lm, watched, pools, PLAN, sites=sites)
+    own = {name for name, at in places(lm).items() if during[name] != at}
+    assert own == sites.moving(lm.model) and own == {n for n in own if ("lora_" if adapter else "down_proj") in n}
+    assert not set(places(result).values()) & (set(places(lm).values()) | set(places(tiny).values()))
+    assert all(w.requires_grad for w in tiny.model.parameters())
+    if adapter:
+        assert set(places(tiny).values()) < set(places(lm).values()), "the base is the model's own"
+
+
 def test_the_result_is_ready_for_use(trained):
     assert not trained.model.training
     assert all(w.requires_grad and w.grad is None for w in trained.model.parameters())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -86,9 +86,11 @@ class LM:
     def _named(self, name: str) -> LM:
         return replace(self, name=name)
 
-    def copy(self) -> LM:
-        """An LM with weights of its own."""
-        return replace(self, model=copy.deepcopy(self.model))
+    def copy(self, moving: Collection[str] | None = None) -> LM:
+        """An LM with weights of its own; with `moving`, of those so named alone: the rest is shared, to be read only."""
+        shared = {} if moving is None else {n: w for n, w in self.model.named_parameters() if n not in moving}
+        known = {id(w): nn.Parameter(w.detach(), requires_grad=False) for w in shared.values()}
+        return replace(self, model=copy.deepcopy(self.model, known))
 
     def untied(self) -> LM:
         """A copy whose head has weights of its own, so that it can change without the token table."""
@@ -99,11 +101,11 @@ class LM:
         return lm
 
     def adapted(self, rank: int, alpha: int, targets: str = "all-linear") -> LM:
-        """A copy with a fresh LoRA adapter (peft), which starts as the identity; the base is frozen."""
+        """The same weights under a fresh LoRA adapter (peft), which starts as the identity; they are frozen, and shared."""
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
-        return replace(self, model=get_peft_model(copy.deepcopy(self.model), config).eval())
+        return replace(self, model=get_peft_model(self.copy(()).model, config).eval())
 
     def together(self, micros: Sequence[Tokens]) -> LM:
         """The same, for one step: whoever first asks it for one of these micro-batches, with gradients, has all of them read.

@@ -37,12 +37,20 @@ class Sites:
         whole = bool(adapter) and set(self.masks) == adapter and all(mask is None for mask in self.masks.values())
         return self.everywhere or whole
 
+    def moving(self, model: nn.Module) -> set[str]:
+        """The names of all parameters of which anything may move."""
+        adapter = hasattr(model, "peft_config")  # "everywhere" in a LoRA model is its adapter: the base must not move
+        return {
+            name
+            for name, _ in model.named_parameters()
+            if name in self.masks or (self.everywhere and (not adapter or "lora_" in name))
+        }
+
     def open(self, model: nn.Module) -> dict[str, Tensor]:
         """Let gradients reach only these sites; returns {name: values to put back where the mask is off}."""
-        kept = {}
-        adapter = hasattr(model, "peft_config")  # "everywhere" in a LoRA model is its adapter: the base must not move
+        kept, moving = {}, self.moving(model)
         for name, weight in model.named_parameters():
-            weight.requires_grad_(name in self.masks or (self.everywhere and (not adapter or "lora_" in name)))
+            weight.requires_grad_(name in moving)
             if not self.everywhere and self.masks.get(name) is not None:
                 kept[name] = weight.detach().clone()
         return kept

@@ -136,7 +136,8 @@ def train(
     same weights that an uninterrupted one would have (bit for bit in fp32 on one process).
     Raises Diverged where a loss or a gradient is not finite; the argument is never touched.
     """
-    source, lm = lm, lm.copy()
+    # what stays is shared with the argument while we train; sharding is not known to leave it alone
+    source, lm = lm, lm.copy(None if team.size() > 1 else sites.moving(lm.model))
     kept = sites.open(lm.model)
     lm = replace(lm, model=team.shard(lm.model))
     weights = [w for w in lm.model.parameters() if w.requires_grad]
@@ -159,11 +160,7 @@ def train(
         before(lm, micros, step + 1)
         sums = team.total(backward(lm, objective, micros, bench.budget))
         after(lm, micros)
-        gradients = [w.grad for w in weights if w.grad is not None]
-        reached: Any = torch.nn.utils.get_total_norm(gradients)
-        if plan.clip:
-            torch.nn.utils.clip_grads_with_norm_(weights, plan.clip, reached)
-        norm = float(reached.full_tensor() if hasattr(reached, "full_tensor") else reached)
+        norm = clipped(weights, plan.clip)
         if not np.isfinite([norm, *sums.values()]).all():
             raise Diverged(step + 1, sums | {"gradient norm": norm})
         optimiser.step()
@@ -190,9 +187,12 @@ def train(
         if bench.folder and late and done < plan.steps and not stopped:
             team.save(bench.folder, lm.model, optimiser, done)
             saved = time.monotonic()
-    result = source.copy() if team.size() > 1 else lm
     if team.size() > 1:
+        result = source.copy()
         result.model.load_state_dict(team.whole_state(lm.model))
+    else:
+        del optimiser, weights  # and their moments, before the result gets all weights for itself
+        result = lm.copy()
     for weight in result.model.parameters():
         weight.requires_grad_(True)
         weight.grad = None
@@ -220,6 +220,14 @@ def backward(lm: LM, objective: Objective, micros: Sequence[Tokens], budget: int
             # FSDP2 averages over processes, and our terms must add up
             (torch.stack(losses).sum() * team.size()).backward()
     return sums
+
+
+def clipped(weights: Sequence[Tensor], most: float) -> float:
+    """Scale the gradients down to a norm of `most`, 0 = none; returns the norm that they had."""
+    reached: Any = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+    if most:
+        torch.nn.utils.clip_grads_with_norm_(weights, most, reached)
+    return float(reached.full_tensor() if hasattr(reached, "full_tensor") else reached)
 
 
 def _idle(*_: object) -> None:
