@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from unremember import compare as room
+from unremember import matched
 from unremember.bench import Bench
 from unremember.corpus import Corpus
 from unremember.embedded.world import world
@@ -194,7 +195,7 @@ def test_points_by_hand():
         {"step": 2, "mean": 0.5, "kept": 0.6, "world": 0.7, "prose": 4.0},
         {"step": 4, "mean": 0.1},
     ]
-    found = room.path(looks, known=0.9, level=0.1, kept=0.8, world=0.75, prose=3.9)
+    found = matched.path(looks, known=0.9, level=0.1, kept=0.8, world=0.75, prose=3.9)
     assert found == [
         {"step": 0, "r": 1.0, "kept": 1.0, "world": 0.75, "prose": 3.9},
         {"step": 2, "r": pytest.approx(0.5), "kept": pytest.approx(0.75), "world": 0.7, "prose": 4.0},
@@ -209,9 +210,9 @@ def test_in_between_by_hand():
         {"step": 4, "r": 0.2, "kept": 0.5, "world": 0.7, "prose": None},
         {"step": 6, "r": 0.3, "kept": 0.6, "world": 0.7, "prose": None},
     ]
-    found = room.at(curve, 0.5)
+    found = matched.at(curve, 0.5)
     assert found == {"kept": pytest.approx(0.8), "world": pytest.approx(0.85), "prose": None}
-    assert room.at(curve, 0.1) is None
+    assert matched.at(curve, 0.1) is None
 
 
 @pytest.mark.parametrize(
