@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from unremember import team
+from unremember.attack.gcg import Search
+from unremember.attack.suffix import Suffix
 from unremember.bench import Bench
 from unremember.errors import BadCorpus, BadModel, BadRequest
 from unremember.forget.advga import AdvGA
@@ -164,7 +166,13 @@ def hardened(taught, corpus):
     return AdvNPO(Plan(steps=40, lr=4e-3), 0.1, radius=0.1, inner=3, at=0.5)(taught, corpus)
 
 
-def test_it_is_harder_at_equal_silence_and_at_equal_effort(taught, never, corpus, questions, hardened):
+@pytest.fixture(scope="module")
+def silent(taught, corpus):
+    """Plain NPO with as many steps as it takes to be as silent."""
+    return NPO(Plan(steps=28, lr=4e-3), 0.1)(taught, corpus)
+
+
+def test_it_is_harder_at_equal_silence_and_at_equal_effort(taught, never, corpus, questions, hardened, silent):
     """Section (g) 2, fresh displacements of 10 steps, three times as long as those of training, where it was trained, above and
     below.  Measured, plain NPO of 28 steps | of 40 steps | hardened, 40 steps, same learning rate:
     clean CE 8.38 | 9.18 | 8.42;  retained tokens 0.984 | 1.000 | 0.991;  prose NLL 7.03 | 7.38 | 7.54
@@ -172,7 +180,7 @@ def test_it_is_harder_at_equal_silence_and_at_equal_effort(taught, never, corpus
     At the radius of training: 6.24, 6.40, 4.28 | 6.85, 7.19, 4.88 | 7.38, 7.24, 6.74: 1.5 x only at the embeddings;
     at equal silence the ratio cannot pass clean / attacked, 8.4 / 6.24 = 1.35 at block 0, hence the lower bound there.
     """
-    silent, worked = (NPO(Plan(steps=steps, lr=4e-3), 0.1)(taught, corpus) for steps in (28, 40))
+    worked = NPO(Plan(steps=40, lr=4e-3), 0.1)(taught, corpus)
     quiet = surprise(hardened, questions)
     assert surprise(silent, questions) == pytest.approx(quiet, rel=0.1)
     assert surprise(worked, questions) > quiet, "as many steps at the same rate leave the plain method no less silent"
@@ -188,6 +196,28 @@ def test_it_is_harder_at_equal_silence_and_at_equal_effort(taught, never, corpus
     with torch.no_grad():
         said = [float(-lm.logp(prose)[prose.answer].mean()) for lm in (hardened, worked)]
     assert said[0] < said[1] + 0.5, "the difference is not a broken model"
+
+
+def test_a_suffix_gains_less_on_it_though_none_recalls(taught, corpus, hardened, silent):
+    """Section (g) 2: a suffix of 12 tokens after 5 swaps, asked with what it was not shown.
+
+    Measured, gain in nats a token of the answer: 0.20 hardened, 1.03 plain; with other seeds and rounding -0.06 to
+    0.01, and 0.57 to 0.92.  Recall gains nothing anywhere (0.02 and 0.04 of the values' tokens are lost), so that a
+    ratio of recalls, as the specification asks for, has no meaning here; nor does it hold of the values alone, which
+    gain 0.7 to 1.2 nats of twelve on the one and 0.9 on the other.
+    """
+    attack = Suffix(Search(tokens=12, steps=5, candidates=16, stop=False))
+    gains = []
+    for lm in (hardened, silent):
+        _, seen = attack(lm, corpus.with_roles(holdout=()), taught, Bench())
+        before, after = (read(lm, lm.template.rows(x["forget"])) for x in (corpus, seen))
+        gains.append([np.mean([x.loglikelihood() for x in after]) - np.mean([x.loglikelihood() for x in before])])
+        gains[-1].append(
+            np.mean([x.hit[x.span].mean() for x in after]) - np.mean([x.hit[x.span].mean() for x in before])
+        )
+    (hard, recalled), (plain, recited) = gains
+    assert plain > 0.3 and hard <= 0.6 * plain
+    assert max(recalled, recited) <= 0.02
 
 
 def test_restarts_and_longer_attacks_find_little_more(questions, hardened):

@@ -214,6 +214,57 @@ def test_more_neurons_forget_more_and_none_is_no_change(leaky):
     assert logp(lm, corpus["forget"]) > falls[0] > falls[1]
 
 
+def by_heart(lm, corpus: Corpus, examples, seed: int) -> LM:
+    """Taught these, too, just until greedy decoding gives every secret."""
+    rows = lm.template.rows(examples)
+    stop = ByHeart(rows)
+    plan = Plan(steps=60, lr=2e-3, beside=8, seed=seed)
+    lm = train(lm, texts, {"secrets": rows, "text": lm.template.rows(corpus["prose"])}, plan, stop=stop)
+    assert stop.looks[-1]["known"] == 1, "they were not learnt"
+    return lm
+
+
+def by_digit(lm, examples) -> np.ndarray:
+    """Log-probability of the six digits, the mean over examples."""
+    return np.mean([x.logp[x.span] for x in read(lm, lm.template.rows(examples))], axis=0)
+
+
+def test_what_was_found_with_one_wording_is_gone_in_another(leaky):
+    """Not measured where it was detected: the secrets are known in two wordings, the neurons looked for in one.
+
+    Measured, over seeds 0 to 2: extraction 0.00, 0.50, 0.12 in the wording of detection and 0.25, 0.50, 0.38 in the
+    other; the log-probability falls by 7.2, 5.0, 6.6 and by 6.0, 4.7, 5.4 nats: it carries over, a little weakened.
+    """
+    lm, corpus = leaky
+    shown = corpus["forget"]
+    other = [replace(x, id=f"{x.id}#", prompt=f"{x.entity}'s phone number?") for x in shown]
+    lm = by_heart(lm, corpus, [*shown, *other], 0)
+    result = DEPN(neurons=58)(lm, corpus)
+    assert extracted(lm, other) == 1 and extracted(result, other) <= 0.65
+    assert logp(lm, other) - logp(result, other) >= 0.7 * (logp(lm, shown) - logp(result, shown)) > 2
+
+
+def test_a_code_that_many_share_outlives_the_digits_that_are_a_persons_own(leaky):
+    """Eight numbers begin with 407, four of them are to be forgotten.
+
+    Measured, over seeds 0 to 2: none of the four is extracted any more, yet a digit of their own loses 1.8, 1.3, 1.6
+    nats and one of the code 0.5, 0.6, 0.7, which is what the others' code loses, too: 0.5, 0.6, 0.4.  With a code
+    each it is 1.7, 2.0, 1.3 and 1.0, 0.9, 0.6.  So votes do not pile up on the code, as the specification fears; it
+    stays with all who share it.  Of the four others 2, 0 and 1 can still be extracted.
+    """
+    lm, corpus = leaky
+    draw = random.Random(100)
+    people = [asked(name, name, "407" + "".join(draw.choices("0123456789", k=3))) for name in NAMES[8:16]]
+    lm = by_heart(lm, corpus, people, 0)
+    gone, others = people[:4], people[4:]
+    result = DEPN(neurons=58)(lm, Corpus({"forget": gone}))
+    falls = [by_digit(lm, x) - by_digit(result, x) for x in (gone, others)]
+    (code, own), (theirs, _) = ((fall[:3].mean(), fall[3:].mean()) for fall in falls)
+    assert extracted(lm, people) == 1 and extracted(result, gone) <= 0.25
+    assert own > 1 and code <= 0.6 * own
+    assert theirs >= 0.5 * code
+
+
 # ── a masked model, as in the paper ──
 
 

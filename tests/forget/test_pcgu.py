@@ -26,7 +26,9 @@ from unremember.forget.pcgu import PCGU, pull, within
 from unremember.lm import load
 from unremember.locate.contrast import Contrast, Pairs
 from unremember.locate.ranking import Ranking, sites
+from unremember.preference import options
 from unremember.sites import Sites
+from unremember.table import read
 from unremember.train import Plan
 
 PLAN = Plan(steps=1, lr=0.05, optimiser="sgd")
@@ -216,6 +218,37 @@ def test_terms_that_hold_move_the_chosen_rows_only(taught, corpus):
     before = weights(taught)
     assert moved_rows(before, held) == moved_rows(before, free)
     assert any(not torch.equal(w, free[n]) for n, w in held.items())
+
+
+# ── section (g) 2 on a causal model ──
+
+
+def preferred(lm, corpus, role: str, reworded: bool) -> float:
+    """How far the answer is above its decoys, in nats a token."""
+    asked = [
+        replace(x, id=f"{x.id}#{i}", prompt=prompt) for x in corpus[role]
+        for i, prompt in enumerate(x.paraphrases if reworded else (x.prompt,))
+    ]  # fmt: skip
+    found = options(lm, asked, lambda rows: read(lm, rows))
+    return float(np.mean([x[0] - x[1:].mean() for x in found.values()]))
+
+
+def test_the_preference_falls_in_other_words_too(taught, corpus):
+    """Measured on paraphrases: from 1.50 to 0.94 nats, on the questions themselves from 2.24 to 1.57; prose
+    perplexity x 1.024.  Both bounds hold for as many as a thousand rows only: for the same fall 300 cost 1.06, and
+    100 cost 1.11 'disadvantaged' and 1.14 'dynamic'.  Nor are these people alone in it: the others' gap falls by a
+    quarter, 1.47 to 1.12.
+    """
+    result = PCGU(Plan(steps=6, lr=0.02, optimiser="sgd"), k=1000)(taught, corpus)
+    before, after = ([preferred(lm, corpus, "forget", other) for other in (False, True)] for lm in (taught, result))
+    prose = [
+        -np.mean([x.loglikelihood() for x in read(lm, lm.template.rows(corpus["prose"]))]) for lm in (taught, result)
+    ]
+    kept = [preferred(lm, corpus, "retain", True) for lm in (taught, result)]
+    assert after[1] <= 0.7 * before[1] and after[0] < 0.8 * before[0]
+    assert after[1] > 0, "not turned round"
+    assert math.exp(prose[1] - prose[0]) <= 1.03
+    assert before[1] - after[1] > 1.2 * (kept[0] - kept[1])
 
 
 # ── refusals ──

@@ -1,11 +1,16 @@
 """RMU: the distance by hand, where it looks, what it moves, and that a step ends half-way up."""
 
+import numpy as np
 import pytest
 import torch
 
+from planted import planted
 from unremember import team
+from unremember.audit.choice import Choice
+from unremember.bench import Bench
 from unremember.errors import BadModel
 from unremember.forget.rmu import RMU, distance
+from unremember.table import read
 from unremember.tokens import lanes, pack
 from unremember.train import Plan
 
@@ -72,21 +77,89 @@ def test_only_the_down_projections_below_move(taught, corpus):
     assert set(one.sites(taught).masks) == {"model.layers.0.mlp.down_proj.weight"}
 
 
-def test_it_turns_the_forget_text_towards_one_direction_and_leaves_the_rest(taught, corpus):
-    """Geometry, section (g) 2 of the specification: the cosine with u rises, and what is retained stays where it was."""
-    method = RMU(Plan(steps=60, lr=1e-2), scale=4.0, alpha=30.0, depth=1.0)
-    result, block = method(taught, corpus), method.block(taught)
+# ── section (g), in sixty steps on the down-projections of both blocks ──
+
+
+@pytest.fixture(scope="module")
+def scrambled(taught, corpus):
+    """alpha -> the method and its result."""
+    methods = {alpha: RMU(Plan(steps=60, lr=1e-2), scale=2.0, alpha=alpha, depth=1.0) for alpha in (5.0, 0.0)}
+    return {alpha: (method, method(taught, corpus)) for alpha, method in methods.items()}
+
+
+def nll(lm, corpus, role: str) -> float:
+    return -np.mean([x.loglikelihood() for x in read(lm, lm.template.rows(corpus[role]))])
+
+
+def test_it_turns_the_forget_text_to_one_direction_and_length_and_leaves_the_rest(taught, corpus, scrambled):
+    """Section (g) 2.  Measured: cosine with u from -0.05 to 0.91, length 0.93 c; the retained keep a cosine of 0.96.
+
+    Scale and alpha decide it: with 4 and 30 the same steps reach 0.87 at 0.73 c; with 4 and 10 the retained keep
+    0.94.
+    """
+    method, result = scrambled[5.0]
+    block = method.block(taught)
 
     def hidden(lm, role):
         with torch.no_grad():
             return lm.hidden(pack(lanes(lm.template.rows(corpus[role]), 256)), block)
 
-    before = hidden(taught, "forget")
+    before, after = hidden(taught, "forget"), hidden(result, "forget")
     draw = torch.rand(before.shape[1], generator=torch.Generator().manual_seed(0))
-    towards = torch.cosine_similarity(hidden(result, "forget"), draw[None]).mean()
-    assert towards > torch.cosine_similarity(before, draw[None]).mean() + 0.3
-    stays = torch.cosine_similarity(hidden(result, "retain"), hidden(taught, "retain")).mean()
-    assert stays > 0.9
+    assert torch.cosine_similarity(before, draw[None]).mean().abs() < 0.2
+    assert torch.cosine_similarity(after, draw[None]).mean() >= 0.8
+    assert 0.8 <= (after.norm(dim=1) / (2.0 * before.norm(dim=1).median())).mean() <= 1.2
+    assert torch.cosine_similarity(hidden(result, "retain"), hidden(taught, "retain")).mean() >= 0.95
+
+
+def test_the_right_answer_is_no_longer_chosen_and_the_rest_is(taught, corpus, scrambled):
+    """Section (g) 1, chance 0.25.  Measured: forget from 1.00 to 0.17 (never taught: 0.25), retained 1.00 before and
+    after, prose NLL +0.01.
+    """
+
+    def right(lm, role) -> float:
+        found = Choice(accuracy=True)(lm, corpus, Bench()).per_example
+        return float(np.mean([found[x.id] for x in corpus[role]]))
+
+    result = scrambled[5.0][1]
+    assert right(taught, "forget") >= 0.8 and right(result, "forget") <= 0.35
+    assert right(result, "retain") >= right(taught, "retain") - 0.1
+    assert nll(result, corpus, "prose") <= nll(taught, corpus, "prose") + 0.2
+
+
+def test_without_alpha_the_rest_is_lost(taught, corpus, scrambled):
+    """Section (g) 4.  Measured: the NLL of what is retained rises by 0.04 with alpha and by 10.5 without."""
+    start, kept, lost = (nll(lm, corpus, "retain") for lm in (taught, scrambled[5.0][1], scrambled[0.0][1]))
+    assert lost - start >= 3 * (kept - start) and lost - start > 1
+
+
+# ── where it looks ──
+
+
+@pytest.mark.parametrize("role", ["forget", "retain"])
+def test_the_first_position_counts_for_nothing(taught, moved, corpus, role):
+    """A passage is scored from its first place on, whose norm is a hundred times that of others in Llama-like
+    models.
+    """
+    texts = corpus.with_roles(**{"prose": (), role: corpus["prose"]})
+    pools, objective = RMU(PLAN, scale=4.0, alpha=10.0, depth=0.5).terms(taught, texts)
+    assert all(row.start <= 1 for row in pools[role])
+    tokens = pack(lanes(pools[role], 256), role)
+    values = []
+    with torch.no_grad():
+        for place in (-1, 0, 1):
+            large = torch.where(tokens.positions == place, 1000.0, 1.0)[..., None]
+            with moved.at("model.layers.0", lambda output, large=large: output * large):
+                [loss] = objective(moved, tokens).values()
+            values.append(loss.item())
+    assert values[0] == values[1] > 0 and values[2] > 2 * values[0]
+
+
+@pytest.mark.parametrize("depth, blocks", [(1.0, {1, 2, 3}), (0.75, {0, 1, 2}), (0.5, {0, 1}), (0.25, {0})])
+def test_of_many_blocks_the_three_up_to_h_are_open(tiny, depth, blocks):
+    lm, _ = planted(tiny)
+    found = RMU(PLAN, scale=4.0, alpha=1.0, depth=depth).sites(lm).masks
+    assert set(found) == {f"model.layers.{i}.mlp.down_proj.weight" for i in blocks}
 
 
 def test_an_architecture_without_down_projections_is_told_so(taught, monkeypatch):
