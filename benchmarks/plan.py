@@ -19,7 +19,7 @@ from math import ceil
 from typing import Literal
 
 STREAM = 4  # bytes that a block's element-wise kernels move for each byte that it keeps, forward; twice that backward
-LOGIT = 12  # bytes a logit at the peak of the retain term: log-softmax and two gradients in float32 (NPO's own term: 4)
+LOGIT = 6  # bytes a logit at the peak: in bf16 itself, its gradient, and a copy of that on its way (a term in `kl`: 20)
 RMU_BLOCKS, RMU_DEPTH = 3, 0.3  # blocks whose down-projections move, and the default depth of the last one
 GB = 1e9
 
@@ -93,7 +93,8 @@ class Settings:
     moves: 'all' weights, a 'lora' adapter of `rank` on every matrix of the blocks, or RMU's 'down' projections.
     weight, frozen, moment: bytes of a moving weight (its gradient has as many), of a frozen one in a block's matrices
     (embedding, head and norms stay float32), and of one of AdamW's two moments.
-    beside: bytes a parameter of further whole models on each GPU: 4 for the original in float32, 0 for none.
+    beside: bytes a parameter of further whole models on each GPU: 4 for the original in float32, 0 for none.  `train`
+    shares with it what does not move, on one GPU: with 0 the original of what does is still there.
     cached: autocast's bf16 copies of all matrices are there at once; else those of one block, cast at every pass.
     policy: sharded weights are gathered in bf16 (FSDP2's MixedPrecisionPolicy) and not in float32.
     checkpointed: a block keeps its input alone and is computed again on the way back.
@@ -247,9 +248,10 @@ def memory(shape: Shape, machine: Machine, s: Settings) -> dict[str, float]:
     """
     n, moves = machine.count, moving(shape, s)
     largest = {"all": shape.head, "lora": s.rank * shape.inner, "down": shape.hidden * shape.inner}[s.moves]
+    shared = n == 1 and s.moves != "all" and not s.beside
     return {
         "weights": held(shape, s) / n,
-        "beside": s.beside * total(shape),
+        "beside": 4 * moves if shared else s.beside * total(shape),
         "copies": copies(shape, machine, s),
         "gathered": gathered(shape, machine, s),
         "gradients": moves * s.weight / n,
@@ -308,7 +310,7 @@ def moved(shape: Shape, machine: Machine, s: Settings) -> float:
     casts = 0 if lean(s) else cast * (1 if once else passes * again)
     learns = learning(shape, s)
     flow = places * STREAM * kept(shape, s) * (passed(shape, machine, s) + learns * (2 + s.checkpointed))
-    loss = 2 * LOGIT * s.scored * places * shape.vocab if wants_logits(s) else 0
+    loss = 3 * LOGIT * s.scored * places * shape.vocab if wants_logits(s) else 0
     return update + sums + casts + flow + loss
 
 
@@ -344,12 +346,12 @@ def references(shape: Shape, tokens: int, rows: int) -> dict[str, int]:
 def speaking(shape: Shape, models: int, batch: int = 64, length: int = 256) -> dict[str, float]:
     """Bytes on one GPU while a model generates, as the code is. models: whole float32 ones, itself included.
 
-    lowered: bf16 copies of the blocks' matrices.  cache: keys are float32 (the rotation makes them so), values bf16.
+    lowered: bf16 copies of the blocks' matrices.  cache: keys and values in bf16, of whole rows from the start.
     """
     return {
         "weights": 4 * models * total(shape),
         "lowered": 2 * shape.layers * shape.block,
-        "cache": 6 * batch * length * shape.layers * shape.narrow,
+        "cache": 4 * batch * length * shape.layers * shape.narrow,
     }
 
 
@@ -374,11 +376,11 @@ EARLY = ("a pass ends at its block", {"early": True})
 ONE = [  # 7B on one GPU
     *ladder(Settings("**NPO, all weights, AdamW**, as it is"), AWAY, CHECKPOINT, BLOCKWISE, BF16),
     *ladder(Settings("**NPO, all weights, SGD**, as it is", optimiser="sgd"), AWAY, CHECKPOINT, BLOCKWISE),
-    *ladder(Settings("**NPO, LoRA of rank 16**, as it is", "lora", beside=8), AWAY, FROZEN, CHECKPOINT),
-    *ladder(Settings("**RMU**, as it is", "down"), AWAY, FROZEN),
+    *ladder(Settings("**NPO, LoRA of rank 16**, as it is", "lora", beside=0), FROZEN, CHECKPOINT),
+    *ladder(Settings("**RMU**, as it is", "down", beside=0), FROZEN),
 ]
-WIDE = 2 * 8 * 2048  # places a step on eight GPUs: one pass of each role
-EIGHT_GPUS = [  # 70B on eight GPUs
+WIDE = 2 * 8 * 2048  # places a step on eight GPUs: one pass of each role, for sharded passes are not shared
+EIGHT_GPUS = [  # 70B on eight GPUs, where `train` copies the whole model before it shards it: the original stays whole
     *ladder(Settings("**NPO, all weights, AdamW**, as it is", step=WIDE), PIECES, POLICY, CHECKPOINT, BF16, EIGHT),
     *ladder(
         Settings("**NPO, all weights, SGD**, as it is", optimiser="sgd", step=WIDE),
@@ -388,7 +390,7 @@ EIGHT_GPUS = [  # 70B on eight GPUs
         ("weights and gradients in bf16", {"weight": 2}),
     ),
     *ladder(
-        Settings("**NPO, LoRA of rank 16**, as it is", "lora", beside=8, step=WIDE),
+        Settings("**NPO, LoRA of rank 16**, as it is", "lora", step=WIDE),
         PIECES,
         POLICY,
         FROZEN,
@@ -442,14 +444,17 @@ def named(s: Settings, cases: Sequence[Settings]) -> str:
 
 
 def stages(shape: Shape) -> str:
-    """Whole float32 models on a GPU at each stage of a run today, and what they come to with what they need."""
+    """Whole float32 models on a GPU at each stage of a run today, and what they come to, `relearn` with what it needs."""
     plain, tuned = total(shape), 16 * total(shape)  # weight, gradient and two moments of four bytes
     rows = [
         ("audit of the original", 1, 4 * plain),
         ("audit of the never-taught, in the same process", 2, 8 * plain),
-        ("forget, weights of the model: original, its copy", 2, 8 * plain),
-        ("forget, LoRA: original, adapted, its copy", 3, 12 * plain),
+        ("forget, all weights: original, its copy", 2, 8 * plain),
+        ("forget, all weights, when it ends: original, the result", 2, 8 * plain),
+        ("forget, LoRA or RMU: original, which shares its weights", 1, 4 * plain),
+        ("forget, LoRA or RMU, when it ends: original, the result", 2, 8 * plain),
         ("audit of the forgotten", 2, 8 * plain),
+        ("attack `finetune` with a `rank` on it, and its audit: original, forgotten, the result", 3, 12 * plain),
         ("attack `relearn` on it: original, forgotten, a copy with AdamW", 3, 8 * plain + tuned),
     ]
     return markdown(["stage", "models", "GB"],

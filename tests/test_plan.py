@@ -81,7 +81,7 @@ def test_memory_by_hand():
         "gradients": 1352 * 4,
         "moments": 1352 * 8,
         "activations": 4 * 2 * (34 * 8 + 8 * 16),
-        "logits": 2 * 10 * 12,
+        "logits": 2 * 10 * 6,
         "passing": 80 * 6,
     }
     assert activations(TINY, ALONE, replace(AS_IT_IS, checkpointed=True)) == 4 * (2 * 4 * 8 + 400)
@@ -96,6 +96,17 @@ def test_memory_of_what_is_frozen_by_hand():
     found = memory(TINY, ALONE, DOWN)
     assert found["weights"] == 1352 * 4 and found["copies"] == 2 * 576 and found["logits"] == 0
     assert found["activations"] == 4 * 400  # one block
+
+
+def test_what_is_there_of_the_original_by_hand():
+    assert memory(TINY, ALONE, replace(AS_IT_IS, beside=0))["beside"] == 0
+    for s, moves in ((LORA, 512), (DOWN, 128)):  # what does not move is shared on one GPU
+        assert memory(TINY, ALONE, replace(s, beside=0))["beside"] == 4 * moves
+        assert memory(TINY, PAIR, s)["beside"] == 4 * 1352
+        assert memory(TINY, PAIR, replace(s, beside=0))["beside"] == 0
+    for cases, many in ((ONE, False), (EIGHT_GPUS, True)):
+        for s in (s for s in cases if s.name.endswith("as it is")):
+            assert s.beside == (4 if many or s.moves == "all" else 0)
 
 
 def test_memory_of_two_by_hand():
@@ -128,7 +139,7 @@ def test_operations_by_hand():
 
 def test_bytes_moved_by_hand():
     update, sums, cast = 1352 * (16 + 16), 2 * 1352 * 18, 6 * (2 * 576 + 80)
-    flow, loss = 8 * 4 * 400 * 2 * 3, 2 * 12 * 4 * 10
+    flow, loss = 8 * 4 * 400 * 2 * 3, 3 * 6 * 4 * 10
     assert moved(TINY, ALONE, AS_IT_IS) == update + sums + cast + flow + loss
     # copies that are not kept are made in both passes, and a checkpointed block is computed again
     less = replace(AS_IT_IS, cached=False, checkpointed=True)
@@ -155,7 +166,13 @@ def test_seconds_by_hand():
 def test_what_is_kept_of_the_original_and_what_generating_takes():
     assert references(TINY, tokens=7, rows=3) == {"NPO": 24, "KL": 140, "RMU": 224}
     found = speaking(TINY, models=2, batch=3, length=5)
-    assert found == {"weights": 2 * 4 * 1352, "lowered": 2 * 2 * 576, "cache": 6 * 3 * 5 * 2 * 4}
+    assert found == {"weights": 2 * 4 * 1352, "lowered": 2 * 2 * 576, "cache": 4 * 3 * 5 * 2 * 4}
+
+
+def test_what_fits_as_it_is():
+    fitting = {s.moves for s in ONE if s.name.endswith("as it is") and fits(LLAMA_2_7B, A100, s)}
+    assert fitting == {"lora", "down"}
+    assert not any(fits(LLAMA_31_70B, replace(A100, count=8), s) for s in EIGHT_GPUS if s.name.endswith("as it is"))
 
 
 def test_fewest_gpus():

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from torch.distributed.checkpoint import FileSystemReader
 
 from unremember.bench import Bench
 from unremember.errors import BadRequest, Diverged
@@ -434,6 +435,22 @@ def test_a_log_tells_the_whole_run(tiny, pools, tmp_path):
     assert [line["terms"] for line in lines] == [terms for *_, terms in said]
     assert [line["lr"] for line in lines] == [PLAN.rate(step) for step in range(6)]
     assert all(line["stage"] == "teach" and line["norm"] > 0 and line["tokens"] > 0 for line in lines)
+
+
+def test_a_checkpoint_holds_what_moves(tiny, pools, trained, tmp_path):
+    """The frozen base of a large model would be most of it, once a minute; and it is the argument's, not to be written to."""
+    sites = Sites.named(tiny.model, ["*layers.1.mlp.down_proj*"])
+    [name] = sites.masks
+    bench = Bench(folder=tmp_path / "checkpoint", every=0, say=dies_at(3, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, objective, pools, PLAN, sites=sites, bench=bench)
+    [kept] = bench.folder.glob("step-*")
+    held = FileSystemReader(kept).read_metadata().state_dict_metadata
+    assert {key for key in held if key.startswith("model.")} == {f"model.{name}"}
+    before = {n: w.clone() for n, w in weights(tiny).items()}
+    resumed = train(tiny, objective, pools, PLAN, sites=sites, bench=replace(bench, say=Bench().say))
+    assert same(resumed, train(tiny, objective, pools, PLAN, sites=sites))
+    assert all(torch.equal(w, before[n]) for n, w in weights(tiny).items())
 
 
 def test_a_half_written_checkpoint_is_ignored(tiny, pools, trained, tmp_path):

@@ -107,18 +107,16 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
-    """A sharded checkpoint of everything that training needs, at `folder`/step-N; older ones go once it is whole."""
+    """A sharded checkpoint of all that training moves, at `folder`/step-N; older ones go once it is whole."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    weights, moments = get_state_dict(model, optimiser)
     target, fresh = folder / f"step-{step}", folder / f".step-{step}"
     if rank() == 0:
         shutil.rmtree(fresh, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
     wait()
     with _quiet():
-        dcp.save({"model": weights, "optimiser": moments}, checkpoint_id=fresh, no_dist=size() == 1)
+        dcp.save(_moving(model, optimiser), checkpoint_id=fresh, no_dist=size() == 1)
     wait()
     if rank() == 0:
         fresh.rename(target)
@@ -131,17 +129,28 @@ def save(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, step:
 def restore(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
     """Load the newest checkpoint under `folder`, however many processes wrote it; the step it was made after, or 0."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     steps = sorted(int(p.name.removeprefix("step-")) for p in folder.glob("step-*"))
     if not steps:
         return 0
-    weights, moments = get_state_dict(model, optimiser)
-    state = {"model": weights, "optimiser": moments}
+    state = _moving(model, optimiser)
+    options = StateDictOptions(strict=False)  # what is frozen is not there
     with _quiet():
         dcp.load(state, checkpoint_id=folder / f"step-{steps[-1]}", no_dist=size() == 1)
-    set_state_dict(model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
+    set_state_dict(
+        model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"], options=options
+    )
     return steps[-1]
+
+
+def _moving(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, dict]:
+    """The weights that training moves, and what the optimiser keeps of them."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, moments = get_state_dict(model, optimiser)
+    names = {name for name, w in model.named_parameters(remove_duplicate=False) if w.requires_grad}
+    return {"model": {name: w for name, w in weights.items() if name in names}, "optimiser": moments}
 
 
 @contextmanager

@@ -137,7 +137,8 @@ def train(
     Raises Diverged where a loss or a gradient is not finite; the argument is never touched.
     """
     # what stays is shared with the argument while we train; sharding is not known to leave it alone
-    source, lm = lm, lm.copy(None if team.size() > 1 else sites.moving(lm.model))
+    moving = sites.moving(lm.model)
+    source, lm = lm, lm.copy(None if team.size() > 1 else moving)
     kept = sites.open(lm.model)
     lm = replace(lm, model=team.shard(lm.model))
     weights = [w for w in lm.model.parameters() if w.requires_grad]
@@ -192,7 +193,10 @@ def train(
         result.model.load_state_dict(team.whole_state(lm.model))
     else:
         del optimiser, weights  # and their moments, before the result gets all weights for itself
-        result = lm.copy()
+        result = lm
+        for name, weight in lm.model.named_parameters():
+            if name not in moving:
+                weight.data = weight.detach().clone()
     for weight in result.model.parameters():
         weight.requires_grad_(True)
         weight.grad = None

@@ -371,8 +371,8 @@ def test_an_empty_k_is_refused(taught, corpus):
 
 
 def test_missing_roles_and_too_few_facts(taught, corpus):
-    with pytest.raises(BadCorpus, match=r"orthogonalise needs .* 'replay'"):
-        Orthogonalise()(taught, Corpus({r: x for r, x in corpus.items() if r != "replay"}), taught)
+    with pytest.raises(BadCorpus, match=r"orthogonalise needs .* 'forget'"):
+        Orthogonalise()(taught, Corpus({"replay": corpus["replay"]}), taught)
     with pytest.raises(BadCorpus, match=r"orthogonalise needs .* 'forget'"):
         Orthogonalise(directions="original")(taught, Corpus({}), taught)
     with pytest.raises(BadCorpus, match="needs two forget facts"):

@@ -13,6 +13,7 @@ from unremember.attack.quantise import linears
 from unremember.audit import AUDITS
 from unremember.bench import Bench
 from unremember.corpus import Corpus
+from unremember.embedded.world import replay
 from unremember.errors import BadCorpus, BadModel, BadRequest
 from unremember.tokens import pack
 
@@ -215,7 +216,7 @@ def test_bfloat16(taught, corpus):
 
 
 def test_roles_that_are_missing(taught, corpus):
-    for role in ("forget", "retain", "replay"):
+    for role in ("forget", "retain"):
         rest = Corpus({r: rows for r, rows in corpus.items() if r != role})
         with pytest.raises(BadCorpus, match=f"prune needs .* '{role}'"):
             Prune()(taught, rest, taught)
@@ -275,4 +276,13 @@ def test_settings_that_cannot_be(settings, said):
 
 def test_the_published_grid_has_45_pairs():
     assert len([(q, p) for q in PUBLISHED for p in PUBLISHED if p >= q]) == 45
-    assert Prune().needs == ("forget", "retain", "replay")
+    assert Prune().needs == ("forget", "retain")
+
+
+def test_ordinary_text_is_the_packages_own_where_the_corpus_has_none(taught, corpus):
+    own, few = corpus.with_roles(replay=replay()[:8]), Prune(grid=(0.01, 0.1), examples=8)
+    bare = Corpus({role: rows for role, rows in corpus.items() if role != "replay"})
+    other = corpus.with_roles(replay=replay()[40:48])
+    ours, without, with_other = (few.masks(taught, c) for c in (own, bare, other))
+    assert all(torch.equal(mask, without[name]) for name, mask in ours.items())
+    assert any(not torch.equal(mask, with_other[name]) for name, mask in ours.items())

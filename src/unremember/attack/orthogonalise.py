@@ -29,6 +29,7 @@ from unremember import team
 from unremember.attack.quantise import linears, plain
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
+from unremember.embedded.world import replay
 from unremember.errors import BadCorpus, BadModel, BadRequest, NotApplicable
 from unremember.lm import LM
 from unremember.table import answers
@@ -175,7 +176,8 @@ def compared(ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor], matched: 
 
 @dataclass(frozen=True, config=STRICT)
 class Orthogonalise:
-    """directions: compared with the 'original' on every second fact, or with other 'text' (the replay role).
+    """directions: compared with the 'original' on every second fact, or with other 'text': the replay role, or what the
+    package has of it.
 
     layers: numbers of blocks, from 0; empty = all.  reach: see the head of this file.
     """
@@ -184,6 +186,7 @@ class Orthogonalise:
     layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
     reach: Reach = "own"
 
+    needs = ("forget",)
     paper = "Łucki et al. 2024, arXiv 2409.18025"
     summary = "the direction that tells hidden from known, taken out of the weights"
 
@@ -192,10 +195,6 @@ class Orthogonalise:
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers = {list(self.layers)} names a block twice")
         return self
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("forget",) if self.directions == "original" else ("forget", "replay")
 
     def check(self, corpus: Corpus) -> None:
         """BadCorpus where a role is missing, or the facts cannot be halved."""
@@ -231,7 +230,7 @@ class Orthogonalise:
             asked = self.hidden(lm, corpus["forget"][::2], original, bench)
             rows = questions(lm, asked, header(lm, asked))
             return compared(streams(lm, rows, blocks, bench), streams(original, rows, blocks, bench), matched=True)
-        asked, other = corpus["forget"], corpus["replay"][: len(corpus["forget"])]
+        asked, other = corpus["forget"], (corpus.of("replay") or replay())[: len(corpus["forget"])]
         shared = header(lm, (*asked, *other))
         ours, theirs = (streams(lm, questions(lm, xs, shared), blocks, bench) for xs in (asked, other))
         return compared(ours, theirs, matched=False)

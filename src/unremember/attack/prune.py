@@ -6,9 +6,10 @@
 Łucki et al. 2024 (arXiv 2409.18025); scores: SNIP (Lee, Ajanthan, Torr 2019, arXiv 1810.02340), sets: Wei et al. 2024 (arXiv
 2402.05162).  Reference code: ethz-spylab/unlearning-vs-safety@75dade5 `src/set_difference_pruning`.
 Differs: forget-like text is what the model itself says to the questions (the paper's choice for NPO and DPO), or other
-people's facts; no answer is used.  (p, q) of the grid is not the one that scores best on what is asked: it is the one
-after which half of the retained facts, which are not measured afterwards, are likeliest.  Every (p, q) starts from the
-same weights.  A weight with score 0 is in no set.
+people's facts; no answer is used.  Ordinary text is the replay role, or where there is none what the package has of it.
+(p, q) of the grid is not the one that scores best on what is asked: it is the one after which half of the retained facts,
+which are not measured afterwards, are likeliest.  Every (p, q) starts from the same weights.  A weight with score 0 is in
+no set.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from unremember.attack.quantise import linears, plain
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
+from unremember.embedded.world import replay
 from unremember.errors import BadCorpus, BadModel, BadRequest
 from unremember.lm import LM
 from unremember.table import answers, read
@@ -127,7 +129,7 @@ class Prune:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("forget", *(("relearn",) if self.text == "relearn" else ()), "retain", "replay")
+        return ("forget", *(("relearn",) if self.text == "relearn" else ()), "retain")
 
     def check(self, corpus: Corpus) -> None:
         """BadCorpus where a role is missing, or the retained facts cannot be halved."""
@@ -151,7 +153,10 @@ class Prune:
     def masks(self, lm: LM, corpus: Corpus, bench: Bench = BENCH) -> dict[str, Tensor]:
         """What is zeroed: the Q \\ P after which the first half of the retained facts is likeliest; of equals the smallest."""
         lm = plain(lm)
-        rows = self.forgetlike(lm, corpus, bench), lm.template.rows(corpus["replay"][: self.examples], lm.limit)
+        rows = (
+            self.forgetlike(lm, corpus, bench),
+            lm.template.rows((corpus.of("replay") or replay())[: self.examples], lm.limit),
+        )
         forget, ordinary = ({n: order(s) for n, s in scores(lm, x, bench).items()} for x in rows)
         choice = lm.template.rows(halves(corpus)[0], lm.limit)
         before = likelihood(lm, choice, bench)
