@@ -85,7 +85,7 @@ PRESETS = {
     "pcgu": {
         "plan": {
             "steps": 60,
-            "lr": 0.1,
+            "lr": 0.03,
             "optimiser": "sgd",
             "clip": 1.0,
             "schedule": "linear",
