@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.__main__ import timed
+from benchmarks.measure import timed
 from unremember.documents import Documents
 from unremember.embedded.prose import prose
 from unremember.lm import LM, load

@@ -26,7 +26,7 @@ from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites
 from unremember.table import read
 from unremember.tokens import Row
-from unremember.train import Plan, backward, batch
+from unremember.train import Plan, backward, batch, clipped
 
 ROWS = 16  # to forget, and as many to retain
 BUDGET = Bench().budget
@@ -61,6 +61,7 @@ def trained(lm: LM, name: str, given: Corpus) -> Callable[[], float]:
 
     def take() -> float:
         terms = backward(lm, objective, batch(pools, PLAN, 0, BUDGET), BUDGET)
+        clipped(moving, PLAN.clip)
         optimiser.step()
         optimiser.zero_grad()
         return sum(terms.values())

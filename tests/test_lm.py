@@ -76,6 +76,11 @@ def test_generate_stops_after_so_many_tokens(taught, prompts):
     assert taught.generate([], 3) == []
 
 
+def test_a_prompt_without_a_token_is_refused(taught, prompts):
+    with pytest.raises(ValueError, match="a prompt has no token"):
+        taught.generate([prompts[0], ()], 3)
+
+
 def test_what_prompts_share_is_read_once(taught, prompts):
     """One pass over their trie, which has as many places as they have different beginnings, and then one token a row."""
     seen: list[int] = []

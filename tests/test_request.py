@@ -166,6 +166,14 @@ def test_where_and_in_how_many_portions(change, said, problems):
     assert any(said in problem for problem in problems(change)), problems(change)
 
 
+def test_a_portion_without_spans_is_refused_before_it_is_its_turn(ask, corpus, place):
+    """The forget role as a whole has spans, its second half has none, and the holdout has."""
+    first, last = corpus["forget"][:6], [replace(x, spans=()) for x in corpus["forget"][6:]]
+    write_jsonl([*first, *last], place / "mixed.jsonl")
+    with pytest.raises(BadRequest, match="holdout examples have spans and no forget example has any"):
+        ask('corpus.forget="mixed.jsonl"', "forget.chunks=2", 'forget.plan.stop="probability"')
+
+
 def test_sites_and_a_locator_are_refused_together(ask):
     with pytest.raises(BadRequest, match=r"so do forget\.sites and forget\.lora; leave one out"):
         ask('locate={ locator = "integrated", budget = { units = 3 } }', 'forget.sites=["*mlp*"]')
@@ -377,6 +385,7 @@ def test_an_attack_that_tells_the_answer_is_said_before_the_work(place, problems
 
 def test_an_attack_without_other_questions_is_said_before_the_work(place, problems, corpus):
     write_jsonl([replace(x, paraphrases=(), spans=()) for x in corpus["forget"]], place / "forget.jsonl")
+    write_jsonl([replace(x, spans=()) for x in corpus["holdout"]], place / "holdout.jsonl")
     [problem] = problems()
     assert "neither paraphrases nor spans" in problem and "[attack.rephrase]" in problem
 
@@ -407,6 +416,7 @@ def test_what_is_longer_than_the_context_is_said_before_the_work(change, role, p
 
 def test_twenty_long_examples_are_shown_and_the_others_counted(place, problems, corpus):
     write_jsonl([replace(x, answer=LONG, spans=()) for x in corpus["holdout"]], place / "holdout.jsonl")
+    write_jsonl([replace(x, spans=()) for x in corpus["forget"]], place / "forget.jsonl")
     found = problems()
     assert len(found) == 21 and found[-1] == "... and 4 more"
 
@@ -415,6 +425,7 @@ def test_audits_that_need_longer_answers_are_left_out_unless_they_were_named(pla
     """The cat. → two words and a full stop: too short for EL_3.  The → one token: as raw text, nothing to predict."""
     short = [replace(x, answer=a, spans=()) for x, a in zip(corpus["forget"], ("The cat.", "The"), strict=False)]
     write_jsonl(short[:1], place / "forget.jsonl")
+    write_jsonl([replace(x, spans=()) for x in corpus["holdout"]], place / "holdout.jsonl")
     assert set(AUDITS) - set(ask().audits) == {"EL_3"}
     write_jsonl(short, place / "forget.jsonl")
     assert set(AUDITS) - set(ask().audits) == {"EL_3", "memorisation accuracy"}

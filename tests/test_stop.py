@@ -136,3 +136,18 @@ def test_a_level_of_other_tokens_is_no_level(taught, corpus, bare):
         Stopper.calibrated(taught, some, "probability", 1, holds=True)
     neither = corpus.with_roles(**{r: [replace(x, spans=()) for x in corpus[r]] for r in ("forget", "holdout")})
     assert Stopper.calibrated(taught, neither, "probability", 1, holds=True)
+
+
+def test_a_floor_is_of_the_rows_that_it_was_measured_on(taught, corpus):
+    """Portions differ by an example: one row more that was hardly known would make the floor one that cannot be reached."""
+    strange = replace(corpus["holdout"][0], id="strange")
+    some = corpus.with_roles(retain=(*corpus["retain"][:2], strange, *corpus["retain"][2:]))
+    bench = Bench(levels={})
+    sizes = []
+    for count in (2, 3):
+        portion = some.with_roles(forget=corpus["forget"][:count])
+        stop = Stopper.calibrated(taught, portion, "probability", 1, holds=True, bench=bench)
+        stop(taught, 0)
+        sizes.append(len(stop.watch))
+        assert stop.looks[0]["kept"] > stop.floor > 0.5
+    assert sizes == [2, 2]

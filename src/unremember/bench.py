@@ -1,4 +1,4 @@
-"""The workbench: where computation happens and who is told about it.  Nothing in it changes a result."""
+"""The workbench: where computation happens and who is told about it.  Nothing in it but `levels` changes a result."""
 
 from __future__ import annotations
 

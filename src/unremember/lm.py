@@ -101,7 +101,10 @@ class LM:
         return lm
 
     def adapted(self, rank: int, alpha: int, targets: str = "all-linear") -> LM:
-        """The same weights under a fresh LoRA adapter (peft), which starts as the identity; they are frozen, and shared."""
+        """The same weights under a fresh LoRA adapter (peft), which starts as the identity; they are frozen, and shared.
+
+        Merging an adapter writes into its base: merge a `copy`, or what `train` gives.
+        """
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -240,7 +243,10 @@ class LM:
         """Continuations of at most `new` tokens, without the end mark, in the order of `prompts`; greedy unless `pick` is not.
 
         Prompts are sorted by length, read `batch` at a time as tries and decoded together, and rows that are done leave.
+        Raises ValueError for a prompt without a token.
         """
+        if not all(prompts):
+            raise ValueError("a prompt has no token, so there is nothing to go on from; ask something")
         out: list[tuple[int, ...]] = [()] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if new else []
         with self.lowered():
@@ -253,9 +259,10 @@ class LM:
     def _said(self, prompts: Sequence[tuple[int, ...]], new: int) -> list[list[int]]:
         cache, seen, logits = (self._tries if plain(self.model.config) else self._padded)(prompts, new)
         tokens = self.pick(logits, [list(ids) for ids in prompts], [len(ids) for ids in prompts])
-        first = [[] if t in self.stop else [t] for t in tokens.tolist()]
+        stop = self.stop
+        first = [[] if t in stop else [t] for t in tokens.tolist()]
         news = [new - 1 if t else 0 for t in first]
-        rest = decode(self.step, self.pick, cache, seen, tokens, news, self.stop)
+        rest = decode(self.step, self.pick, cache, seen, tokens, news, stop)
         return [a + b for a, b in zip(first, rest, strict=True)]
 
     def _tries(self, prompts: Sequence[tuple[int, ...]], new: int) -> tuple[Any, Tensor, Tensor]:

@@ -295,11 +295,13 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
                 elif part:
                     corpus.require(who, part.needs)
                 if part is method and part:
-                    for portion in portions(corpus["forget"], chunks) if chunks > 1 else ():
-                        if hasattr(part, "check"):
-                            part.check(portioned(corpus, portion))
-                    if (level := getattr(part, "plan", part).stop) != "never":
-                        check_level(corpus, level)
+                    level = getattr(part, "plan", part).stop
+                    parts = portions(corpus["forget"], chunks) if chunks > 1 else ()
+                    for one in (corpus, *(portioned(corpus, x) for x in parts)):
+                        if one is not corpus and hasattr(part, "check"):
+                            part.check(one)
+                        if level != "never":
+                            check_level(one, level)
             except BadInput as error:
                 if part is attacks.get(who) and who not in named_here:
                     continue  # a suite's: the run goes on, and says "not applicable", and why

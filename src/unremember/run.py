@@ -273,7 +273,7 @@ class Run:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(r.seed)  # peft draws the adapter's first weights
                 lm = lm.adapted(r.lora.rank, r.lora.alpha, r.lora.targets)
-            sites = Sites.named(lm.model, r.sites or ("*lora_*",))
+            sites = Sites.named(lm.model, r.sites)  # none = everywhere, which in a LoRA model is its adapter
         elif r.locator:
             sites = select(Ranking.load(self.out / "sites.safetensors"), lm.model, r.budget)
         else:

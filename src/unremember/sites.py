@@ -31,12 +31,6 @@ class Sites:
             raise BadRequest(f"sites: {p!r} matches no parameter of this model; {nearest(p, names)}" for p in unmatched)
         return Sites({n: None for n in names if any(fnmatchcase(n, p) for p in patterns)})
 
-    def unnamed(self, model: nn.Module) -> bool:
-        """Whether nobody chose: everywhere, or all of a LoRA adapter, which is what a request with forget.lora opens."""
-        adapter = {name for name, _ in model.named_parameters() if "lora_" in name}
-        whole = bool(adapter) and set(self.masks) == adapter and all(mask is None for mask in self.masks.values())
-        return self.everywhere or whole
-
     def moving(self, model: nn.Module) -> set[str]:
         """The names of all parameters of which anything may move."""
         adapter = hasattr(model, "peft_config")  # "everywhere" in a LoRA model is its adapter: the base must not move

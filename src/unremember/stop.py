@@ -96,19 +96,21 @@ class Stopper:
 
         holds: whether the method has a term on the retain role, so that stopping may wait for it.
         Where bench.levels has the level already, that one stands: it is of the model before any portion was forgotten, where
-        `lm` may have lost the holdout, too.  Raises BadCorpus where the holdout has fewer than 20 examples.
+        `lm` may have lost the holdout, too.  Raises BadCorpus as `check` does.
         """
         if metric == "never":
             return None
         check(corpus, metric)
         rows = lm.template.rows(corpus["forget"], lm.limit)
-        watch = lm.template.rows(corpus.of("retain")[: len(rows)], lm.limit)
-        asked = corpus["forget"] if metric == "preference" else ()
         levels = {} if bench.levels is None else bench.levels
+        watched = int(levels[metric]["watched"]) if metric in levels else len(rows)  # a floor is of certain rows
+        watch = lm.template.rows(corpus.of("retain")[:watched], lm.limit)
+        asked = corpus["forget"] if metric == "preference" else ()
         if metric not in levels:
             held = [known(x, metric) for x in read(lm, lm.template.rows(corpus["holdout"], lm.limit), bench)]
             kept = [known(x, metric) for x in read(lm, watch, bench)] if holds and watch else [0.0]
             levels[metric] = {"mean": float(np.mean(held)), "worst": float(np.max(held)), "kept": float(np.mean(kept))}
+            levels[metric] |= {"watched": watched}
             levels[metric] |= {"ceiling": preferred(lm, corpus["holdout"], bench)} if asked else {}
         at = levels[metric]
         floor, ceiling = KEPT * at["kept"], at.get("ceiling")

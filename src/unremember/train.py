@@ -41,8 +41,8 @@ class Objective(Protocol):
 
     An objective may also have `before(lm, micros, step)`, called when a step (counted from 1) begins, for what must be known of
     the whole step (KGA's sign), and `after(lm, micros)`, called between the last backward pass and the optimiser, where it may
-    edit gradients (PCGU's rows).  micros: this process's micro-batches of the step.  `alone = True`: it makes passes of its own
-    over what it is given (Perturbed), so that micro-batches need not share one.
+    edit gradients (PCGU's rows).  micros: this process's micro-batches of the step.  `alone = True`: it reads what it
+    is given under hooks, in another precision or in passes of its own (Perturbed), so that micro-batches must not share one.
     """
 
     def __call__(self, lm: LM, tokens: Tokens, /) -> Mapping[str, Tensor]: ...

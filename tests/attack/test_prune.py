@@ -279,6 +279,15 @@ def test_the_published_grid_has_45_pairs():
     assert Prune().needs == ("forget", "retain")
 
 
+def test_passages_ask_nothing(taught, corpus):
+    passages = [replace(x, id=f"{x.id}/text", prompt="", spans=()) for x in corpus["forget"][:3]]
+    mixed = corpus.with_roles(forget=(*passages, *corpus["forget"]))
+    rows = Prune().forgetlike(taught, mixed, Bench())
+    assert rows == Prune().forgetlike(taught, corpus, Bench()) and rows
+    with pytest.raises(BadModel, match="answers none of the 0 questions"):
+        Prune().forgetlike(taught, corpus.with_roles(forget=passages), Bench())
+
+
 def test_ordinary_text_is_the_packages_own_where_the_corpus_has_none(taught, corpus):
     own, few = corpus.with_roles(replay=replay()[:8]), Prune(grid=(0.01, 0.1), examples=8)
     bare = Corpus({role: rows for role, rows in corpus.items() if role != "replay"})

@@ -212,6 +212,17 @@ def test_dynamic_chooses_by_what_is_favoured_even_once(moved, corpus):
     assert rows != set(Contrast()(moved, few).best(40))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft
+def test_of_an_adapter_its_base_is_never_chosen(taught, corpus):
+    """Also where an earlier method has left everything open to gradients: a saved adapter would lack what moved."""
+    lm = taught.adapted(2, 4)
+    lm.model.requires_grad_(True)
+    method = PCGU(Plan(steps=2, lr=1e-2, batch=4), k=20, reselect=False)
+    for result in (method(lm, corpus), PCGU(replace(PLAN, lr=0.1), k=20)(lm, corpus)):
+        rows = moved_rows(weights(lm), weights(result))
+        assert rows and all("lora_" in name for name, _ in rows)
+
+
 def test_terms_that_hold_move_the_chosen_rows_only(taught, corpus):
     held = weights(PCGU(PLAN, k=30, retain=1.0)(taught, corpus))
     free = weights(PCGU(PLAN, k=30)(taught, corpus))

@@ -177,10 +177,10 @@ class Prune:
         return found
 
     def forgetlike(self, lm: LM, corpus: Corpus, bench: Bench) -> list[Row]:
-        """Rows of the forget side; what the model does not answer at all is left out."""
+        """Rows of the forget side; passages, and what the model does not answer at all, are left out."""
         if self.text == "relearn":
             return lm.template.rows(corpus["relearn"][: self.examples], lm.limit)
-        facts = corpus["forget"][: self.examples]
+        facts = [x for x in corpus["forget"] if x.prompt][: self.examples]
         said = answers(lm, [lm.template.context(x.prompt) for x in facts], NEW, bench)
         rows = [lm.template.row(x.id, x.prompt, text) for x, text in zip(facts, said, strict=True) if text]
         if not rows:

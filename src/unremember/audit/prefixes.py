@@ -12,6 +12,7 @@ Differs from one generation a prefix: nothing but rounding.  In bfloat16 the win
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,12 +71,13 @@ def _speak(lm: LM, wanted: dict[Ids, set[int]], bench: Bench) -> dict[Ids, dict[
     texts = list(wanted)
     child, where, paths = _trie(texts)
     best, cache = _read(lm, texts, where)
+    stop = lm.stop
     walked: dict[tuple[Ids, int], tuple[list[int], int, int]] = {}  # what follows texts; then a branch, and its tokens
     need: dict[int, int] = {}  # branch -> most tokens after its first
     for ids, path in zip(texts, paths, strict=True):
         for cut in wanted[ids]:
             said, node, branch = [], path[cut], -1
-            while len(said) < len(ids) - cut and (token := best[node]) not in lm.stop:
+            while len(said) < len(ids) - cut and (token := best[node]) not in stop:
                 said.append(token)
                 if (node, token) not in child:
                     branch = node
@@ -90,7 +92,8 @@ def _speak(lm: LM, wanted: dict[Ids, set[int]], bench: Bench) -> dict[Ids, dict[
     if plain(lm.model.config):
         tails = _decode(lm, cache, starts, bench.batch)
     else:  # windows and recurrent states cannot be cut at a place: from the tokens, then
-        said = continuations(lm, [((*texts[b][:t], token), new) for _, b, t, token, new in starts], bench)
+        greedy = replace(lm, pick=likeliest)
+        said = continuations(greedy, [((*texts[b][:t], token), new) for _, b, t, token, new in starts], bench)
         tails = {start[0]: list(ids) for start, ids in zip(starts, said, strict=True)}
     found: dict[Ids, dict[int, Ids]] = {ids: {} for ids in texts}
     for (ids, cut), (said, branch, left) in walked.items():

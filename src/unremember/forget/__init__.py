@@ -2,8 +2,8 @@
 
 Presets are the settings that a method starts from where a request names none; numbers that a paper tunes live here, in
 sight, and not in the classes.  Those of most methods were searched for on the default model and a dossier of its own
-(`python -m benchmarks.tune`; benchmarks/compare/tuned.json has every trial); depn's are a first guess that was run, and seul,
-advga, advnpo and advrmu take those of the method that they build on.
+(`python -m benchmarks.tune`; benchmarks/compare/tuned.json has every trial); depn's and pcgu's are first guesses that were
+run, and seul, advga, advnpo and advrmu take those of the method that they build on.
 """
 
 from unremember.forget.advga import AdvGA

@@ -51,7 +51,7 @@ class AdvRMU:
         return self.plain.needs
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
-        return descend(self, lm, corpus, self.plain.sites(lm) if sites.unnamed(lm.model) else sites, bench)
+        return descend(self, lm, corpus, self.plain.sites(lm) if sites.everywhere else sites, bench)
 
     def terms(self, lm: LM, corpus: Corpus, bench: Bench = BENCH) -> tuple[dict[str, list[Row]], Objective]:
         index, target = share_of(lm, self.at), self.plain.block(lm)

@@ -102,7 +102,7 @@ class Mechanistic:
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
         corpus.require("mechanistic", self.needs)
-        unnamed = sites.unnamed(lm.model)
+        unnamed = sites.everywhere
         if unnamed and self.locator not in FIXED:  # nothing to trace where nothing is known
             holds = "retain" in self.needs
             stop = Stopper.calibrated(lm, corpus, self.plan.stop, self.plan.every, holds, bench)

@@ -134,7 +134,9 @@ class PCGU:
             adv, dis = (pairs.side(lm, tokens, self.value, d) for d in (False, True))
             return torch.where((adv > dis) == decoy, dis, adv)
 
-        return [within(gradient(lm, micros, lambda lm, t, d=decoy: side(lm, t, d)), sites) for decoy in (False, True)]
+        found = (gradient(lm, micros, lambda lm, t, d=decoy: side(lm, t, d)) for decoy in (False, True))
+        moving = sites.moving(lm.model)  # of a LoRA model its adapter alone
+        return [within({n: g for n, g in one.items() if n in moving}, sites) for one in found]
 
     def terms(self, lm: LM, corpus: Corpus, bench: Bench = BENCH) -> tuple[dict[str, list[Row]], Objective]:
         return self.objective(lm, corpus, EVERYWHERE, 0.0, bench)

@@ -52,7 +52,7 @@ class RMU:
         return ("forget", "retain") if self.alpha else ("forget",)
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
-        return descend(self, lm, corpus, self.sites(lm) if sites.unnamed(lm.model) else sites, bench)
+        return descend(self, lm, corpus, self.sites(lm) if sites.everywhere else sites, bench)
 
     def block(self, lm: LM) -> int:
         """Index of the block behind which h is taken."""
