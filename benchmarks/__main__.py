@@ -24,10 +24,10 @@ from unremember.report.plots import COLOURS, INK, SOFT, axes, svg
 from unremember.train import batch
 
 
-def flops(lm: LM, roles: tuple[str, ...]) -> float:
+def flops(lm: LM) -> float:
     """Matrix products of a step that trains all weights, forward and backward: places of our tries, and the scored ones' head."""
     given = corpus()
-    pools = {role: lm.template.rows(given[role][:ROWS], lm.limit) for role in roles}
+    pools = {role: lm.template.rows(given[role][:ROWS], lm.limit) for role in ("forget", "retain")}
     micros = batch(pools, PLAN, 0, BUDGET)
     body = sum(w.numel() for n, w in lm.model.named_parameters() if "embed" not in n)
     head = lm.model.get_input_embeddings().weight.numel()
@@ -37,7 +37,7 @@ def flops(lm: LM, roles: tuple[str, ...]) -> float:
 def measured(lm: LM, names: list[str], rounds: int, memory: bool, say=print) -> dict:
     dtype = torch.bfloat16 if lm.precision == "bf16" else torch.float32
     rate = products(dtype)
-    trains = {"ascent": ("forget",), "npo": ("forget", "retain"), "npo + KL": ("forget", "retain")}
+    trains = ("ascent", "npo", "npo + KL")
     stages = {}
     for name in names:
         say(f"▸ {name}")
@@ -53,7 +53,7 @@ def measured(lm: LM, names: list[str], rounds: int, memory: bool, say=print) -> 
             "tokens of text a second": {side: texts / value for side, value in middle.items()},
         }
         if name in trains:
-            found["share of the peak"] = flops(lm, trains[name]) / middle["ours"] / rate
+            found["share of the peak"] = flops(lm) / middle["ours"] / rate
         if memory:
             found["peak memory, MB"] = {side: peak(name, side) for side in ("plain", "ours")}
         stages[name] = found

@@ -53,6 +53,8 @@ def trained(lm: LM, name: str, given: Corpus) -> Callable[[], float]:
     kind, settings = STEPS[name]
     method = TypeAdapter(METHODS[kind]).validate_python({"plan": PLAN, **settings})
     few = given.with_roles(forget=given["forget"][:ROWS], retain=given["retain"][:ROWS])
+    if name == "ascent":  # as many rows as the others have, or its memory could not be compared with theirs
+        few = few.with_roles(forget=few.of("forget", "retain"), retain=())
     pools, objective = method.terms(lm, few)
     sites: Sites = method.sites(lm) if kind == "rmu" else EVERYWHERE
     sites.open(lm.model)
@@ -88,8 +90,7 @@ def _step(name: str) -> Stage:
         return step(lm, name, rows["forget"], rows["retain"], LR, RMU_STEP)
 
     def texts(lm: LM) -> int:
-        roles = ("forget",) if name == "ascent" else ("forget", "retain")
-        return sum(len(row.ids) for role in roles for row in lm.template.rows(corpus()[role][:ROWS]))
+        return sum(len(row.ids) for role in ("forget", "retain") for row in lm.template.rows(corpus()[role][:ROWS]))
 
     return Stage(
         {"ours": lambda lm: trained(lm, name, corpus()), "plain": plain}, texts, 3.0, f"training step of {name}"

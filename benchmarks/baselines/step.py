@@ -18,11 +18,12 @@ BETA = 0.1
 
 
 def step(lm: LM, name: str, forget: Sequence[Row], retain: Sequence[Row], lr: float, rmu: RMU) -> Callable[[], float]:
-    """One step of 'ascent', 'npo', 'npo + KL' or 'rmu' (with these settings) on lm's own weights -> its loss."""
+    """One step of 'ascent' (on all rows), 'npo', 'npo + KL' or 'rmu' (with these settings) on lm's own weights -> its loss."""
     lm.model.set_attn_implementation("sdpa")  # what a script gets that asks for nothing; load() gives ours
     live, block = lm.model, rmu.block(lm)
     reference = lm.copy().model.requires_grad_(False) if name != "ascent" else None
-    old, kept = padded(forget, end=False), padded(retain, end=True)
+    old = padded([*forget, *retain] if name == "ascent" else forget, end=False)
+    kept = padded(retain, end=True)
 
     def losses() -> Tensor:
         if name == "rmu":
