@@ -26,7 +26,7 @@ def laid(rows: int = 5, places: int = 4) -> DynamicCache:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cache_with_room_holds_what_one_that_grows_holds(dtype):
-    plain, own = laid(), roomy(laid(), lambda x: x, 3, dtype)
+    plain, own = laid(), roomy(laid(), torch.arange(20).view(5, 4), 3, dtype)
     for alive in ([0, 1, 2, 3, 4], [0, 4, 2], [2, 1]):
         for cache in (plain, own):
             cache.batch_select_indices(torch.tensor(alive))
@@ -36,6 +36,17 @@ def test_a_cache_with_room_holds_what_one_that_grows_holds(dtype):
             assert all(torch.equal(a.to(dtype), b) and b.dtype == dtype for a, b in pairs)
         assert own.get_seq_length() == plain.get_seq_length()
     assert own.layers[0].room[0].shape == (5, 3, 7, 8)  # the memory it began with
+
+
+def test_rows_take_the_places_that_they_have_read():
+    read, places = (
+        laid(2, 4),
+        torch.tensor([[0, 0, 1], [4, 5, 7]]),
+    )  # the first is shorter; the second skips a place of its lane
+    own = roomy(read, places, 1, torch.float32)
+    for layer, kept in zip(read.layers, own.layers, strict=True):
+        assert torch.equal(kept.keys[0, :, 1:], layer.keys[0, :, :2])
+        assert torch.equal(kept.values[1], layer.values[1][:, [0, 1, 3]])
 
 
 def test_each_row_says_as_much_as_it_may_and_stops_at_the_end_mark():
@@ -48,7 +59,7 @@ def test_each_row_says_as_much_as_it_may_and_stops_at_the_end_mark():
 
     lengths = torch.tensor([1, 2, 3, 2, 1])
     seen = (torch.arange(3) >= 3 - lengths[:, None]).long()
-    cache = roomy(laid(5, 3), lambda x: x, 4, torch.float32)
+    cache = roomy(laid(5, 3), torch.arange(15).view(5, 3), 4, torch.float32)
     said = decode(step, likeliest, cache, seen, torch.tensor([1, 7, 3, 12, 8]), [3, 3, 1, 0, 4], {9})
     assert said == [[2, 3, 4], [8], [4], [], []]
     assert [sorted(x[0]) for x in seen_by] == [[1, 3, 7, 8], [2, 8], [3]]  # who has ended is not fed any more

@@ -31,11 +31,15 @@ def plain(config: Any) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
-def roomy(cache: Any, take: Callable[[Tensor], Tensor], more: int, dtype: torch.dtype) -> Cache:
+def roomy(cache: Any, places: Tensor, more: int, dtype: torch.dtype) -> Cache:
     """Keys and values of rows that are to go on, with room for `more` places.
 
-    take: (L, K, T, D) of a layer of `cache`, keys or values, -> (B, K, S, D), a row's own on the right.
+    cache: of L lanes with T places.  places: (B, S), which of the L · T a row has read, in their order, on the right.
     """
+
+    def take(x: Tensor) -> Tensor:  # (L, K, T, D) -> (B, K, S, D)
+        return x.transpose(1, 2).flatten(0, 1)[places].transpose(1, 2)
+
     return Cache([_Roomy(take(layer.keys), take(layer.values), more, dtype) for layer in cache.layers])
 
 

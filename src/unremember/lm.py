@@ -284,13 +284,9 @@ class LM:
             ]  # its ancestors, which stand in the order of their depth
             places[int(key), longest - len(path) :] = lane * width + path
             seen[int(key), longest - len(path) :] = 1
-
-        def take(x: Tensor) -> Tensor:
-            return x.transpose(1, 2).flatten(0, 1)[places].transpose(1, 2)
-
         order = torch.tensor([int(key) for key in tokens.keys], device=self.device)
         return (
-            roomy(read, take, new, self.attention_dtype),
+            roomy(read, places, new, self.attention_dtype),
             seen,
             torch.empty_like(logits).index_copy_(0, order, logits),
         )

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from unremember import team
 from unremember.bench import BENCH, Bench
@@ -143,10 +142,6 @@ def _decode(lm: LM, cache: Any, starts: Sequence[tuple[int, int, int, int, int]]
         text, length, token = (torch.tensor(x, device=lm.device) for x in (texts, lengths, tokens))
         slots = torch.arange(max(lengths), device=lm.device) - (max(lengths) - length)[:, None]  # (B, S), right-aligned
         seen, slots = (slots >= 0).long(), slots.clamp(min=0)
-
-        def take(x: Tensor, rows: Tensor = text[:, None], slots: Tensor = slots) -> Tensor:
-            return x[rows, :, slots].transpose(1, 2)
-
-        own = roomy(cache, take, max(news), lm.attention_dtype)
+        own = roomy(cache, text[:, None] * cache.layers[0].keys.shape[2] + slots, max(news), lm.attention_dtype)
         tails |= zip(nodes, decode(lm.step, likeliest, own, seen, token, news, lm.stop), strict=True)
     return tails
