@@ -1,7 +1,7 @@
 """`python -m benchmarks.methods`: what one training step of each method costs, as a ratio to a step of NPO in the same run.
 
 Default model, dossier, 16 forget and 16 retain rows, presets; forward and backward passes, no optimiser.  Steps are taken in
-turn, so that a busy moment hits all alike.  `rmu, middle` is RMU at the middle block.
+turn, so that a busy moment hits all alike.  `rmu (middle)` is RMU at the middle block.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from unremember.train import backward, batch
 CASES = {
     "npo": ("npo", {}),
     "ascent on spans": ("ascent", {"part": "span"}),
-    "seul, spans given": ("seul", {}),
-    "rmu, middle": ("rmu", {"depth": 0.5}),
+    "seul (spans given)": ("seul", {}),
+    "rmu (middle)": ("rmu", {"depth": 0.5}),
     **{name: (name, {}) for name in ("advnpo", "dpo", "kga", "llmu", "rmu", "simnpo", "undial", "wga", "whp")},
-    "mechanistic, all MLPs": ("mechanistic", {"locator": "mlps"}),
+    "mechanistic (all MLPs)": ("mechanistic", {"locator": "mlps"}),
 }
 
 
