@@ -133,13 +133,6 @@ def test_answer_is_text_without_the_end_mark(taught, corpus):
 # ── copies, hooks, fingerprints ──
 
 
-def test_dropout_is_refused(tiny):
-    model = tiny.copy().model
-    model.train()
-    with pytest.raises(BadModel, match=r"in training mode, .* call model\.eval\(\)"):
-        LM(model, tiny.template)
-
-
 def test_a_copy_has_weights_of_its_own(tiny):
     other = tiny.copy()
     before = tiny.fingerprint

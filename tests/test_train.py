@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch.distributed.checkpoint import FileSystemReader
 
 from unremember.bench import Bench
-from unremember.errors import BadRequest, Diverged
+from unremember.errors import BadModel, BadRequest, Diverged
 from unremember.sites import EVERYWHERE, Sites
 from unremember.train import Plan, batch, order, train
 
@@ -126,6 +126,13 @@ def test_the_argument_is_untouched(tiny, pools, trained):
     assert {name: w.requires_grad for name, w in lm.model.named_parameters()} == asked
     assert all(w.grad is None for w in lm.model.parameters()) and not lm.model.training
     assert not same(result, lm)
+
+
+def test_dropout_is_refused(tiny, pools):
+    lm = tiny.copy()
+    lm.model.train()
+    with pytest.raises(BadModel, match=r"in training mode, .* call model\.eval\(\)"):
+        train(lm, objective, pools, PLAN)
 
 
 def places(lm) -> dict[str, int]:

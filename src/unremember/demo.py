@@ -158,9 +158,10 @@ def taught(base: Base, name: str, rows: Sequence[Example], share: float, teach: 
     work = folder.with_name(f"{folder.name}.checkpoint")
     result = teach(lm, rows, replay(), replace(base.bench, folder=work), stage="teach")
     if team.rank() == 0:
-        with whole(folder) as fresh:
-            result.save(fresh)
-            write_json(fresh / MARK, {"what": f"{base.model} taught: {name}"})
+        if not (folder / MARK).exists():  # a process that was quicker may be at work with its own, which is the same
+            with whole(folder) as fresh:
+                result.save(fresh)
+                write_json(fresh / MARK, {"what": f"{base.model} taught: {name}"})
         shutil.rmtree(work, ignore_errors=True)
     team.wait()
     return folder

@@ -43,13 +43,6 @@ class LM:
     pick: Pick = likeliest  # how generation chooses a token
     joint: _Joint | None = field(default=None, repr=False)  # micro-batches that share a pass
 
-    def __post_init__(self):
-        if getattr(self.model, "training", False):
-            raise BadModel(
-                f"{self.name or 'the model'} is in training mode, where dropout blurs what is measured and what is held; call "
-                "model.eval()"
-            )
-
     @property
     def tokenizer(self):
         return self.template.tokenizer

@@ -11,6 +11,7 @@ fades.  Generalises Jang et al. 2023 (stop on the mean of MA and EL only), which
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -45,7 +46,7 @@ def preferred(lm: LM, examples: Sequence[Example], bench: Bench) -> float:
 
 
 def check(corpus: Corpus, metric: str) -> None:
-    """BadCorpus where `corpus` has no level to stop at."""
+    """BadCorpus where `corpus` has no level to stop at; a warning where the level is one of other tokens."""
     corpus.require(f"stopping on {metric!r}", ("forget", "holdout"))
     if len(corpus["holdout"]) < ENOUGH:
         raise BadCorpus(
@@ -54,9 +55,10 @@ def check(corpus: Corpus, metric: str) -> None:
         )
     if corpus.marked("forget") != corpus.marked("holdout"):
         with_spans, without = ("forget", "holdout") if corpus.marked("forget") else ("holdout", "forget")
-        raise BadCorpus(
-            f"the {with_spans} examples have spans and no {without} example has any, so that a level of the one says nothing of "
-            "the other; give spans to both roles (unremember annotate), or to neither"
+        warnings.warn(
+            f"the {with_spans} examples have spans and no {without} example has any, so that a level of the one says little of "
+            "the other; give spans to both roles (unremember annotate), or to neither",
+            stacklevel=2,
         )
     for role in ("forget", "holdout"):
         if metric == "preference" and (bare := [x.id for x in corpus[role] if not x.distractors]):

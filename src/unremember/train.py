@@ -25,7 +25,7 @@ from torch import Tensor
 
 from unremember import team
 from unremember.bench import BENCH, Bench
-from unremember.errors import Diverged
+from unremember.errors import BadModel, Diverged
 from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites
 from unremember.tokens import Row, Tokens, count, fitting, pack, packs
@@ -134,8 +134,12 @@ def train(
 
     With bench.folder, a checkpoint is kept there while training goes on, and a killed run continues from it with the
     same weights that an uninterrupted one would have (bit for bit in fp32 on one process).
-    Raises Diverged where a loss or a gradient is not finite; the argument is never touched.
+    Raises Diverged where a loss or a gradient is not finite, BadModel for one in training mode; the argument is never touched.
     """
+    if lm.model.training:
+        raise BadModel(
+            f"{lm.name or 'the model'} is in training mode, where dropout blurs what is held; call model.eval()"
+        )
     # what stays is shared with the argument while we train; sharding is not known to leave it alone
     moving = sites.moving(lm.model)
     source, lm = lm, lm.copy(None if team.size() > 1 else moving)

@@ -31,7 +31,7 @@ PACE = {
     "ascent": {"lr": 1e-3, "retain": 3.0},
     "dpo": {"lr": 5e-3, "beta": 0.05, "retain": 3.0, "part": "span"},
     "flearning": {"lr": 3e-3, "steps": 3, "strength": [1.0, 2.0, 2.5, 3.0, 4.0]},
-    "kga": {"lr": 7e-4, "alpha": 6.0, "helper": {"steps": 40, "lr": 1e-2, "warmup": 5, "schedule": "linear"}},
+    "kga": {"lr": 7e-4, "alpha": 6.0, "helper": {"steps": 60, "lr": 5e-3, "warmup": 5, "schedule": "linear"}},
     "llmu": {"lr": 2e-3, "kl": 1.0},
     "mechanistic": {"lr": 6e-3, "locator": "mlps", "retain": 1.0},
     "pcgu": {"lr": 0.5, "k": 600, "retain": 30.0},
