@@ -13,7 +13,8 @@ from transformers import MistralConfig, MistralForCausalLM
 from unremember.decode import plain
 from unremember.embedded import MODELS
 from unremember.errors import BadModel
-from unremember.lm import LM, _LogP, check, load
+from unremember.lm import LM, check, load
+from unremember.logp import LogP
 from unremember.tokens import pack
 
 
@@ -337,7 +338,7 @@ def test_logp_is_cross_entropy_in_value_and_gradient(rows, dtype):
     z = (4 * torch.randn(rows, 50, generator=draw)).to(dtype).requires_grad_()
     target, weight = torch.randint(50, (rows,), generator=draw), torch.randn(rows, generator=draw)
     plain = -torch.nn.functional.cross_entropy(z.float(), target, reduction="none")
-    ours = _LogP.apply(z, target)
+    ours = LogP.apply(z, target)
     assert ours.dtype == torch.float32 and torch.allclose(ours, plain, atol=1e-5)
     mine, theirs = (torch.autograd.grad((x * weight).sum(), z)[0] for x in (ours, plain))
     assert mine.dtype == dtype and torch.allclose(mine, theirs, atol=1e-6)
@@ -346,7 +347,7 @@ def test_logp_is_cross_entropy_in_value_and_gradient(rows, dtype):
 def test_a_sure_token_keeps_its_small_loss_and_slope():
     """ln(1 + e^-12) = 6.1e-6 among logits near 40, where a float32 is 4e-6 coarse: a plain difference would lose half of it."""
     z = torch.tensor([[40.0, 28.0]]).requires_grad_()
-    found = _LogP.apply(z, torch.tensor([0]))
+    found = LogP.apply(z, torch.tensor([0]))
     exact = z.detach().double().log_softmax(-1)[0]
     assert found.item() == pytest.approx(exact[0].item(), rel=0.02)
     assert torch.autograd.grad(found, z)[0][0, 0].item() == pytest.approx(1 - exact[0].exp().item(), rel=0.05)
@@ -355,7 +356,7 @@ def test_a_sure_token_keeps_its_small_loss_and_slope():
 def test_logp_of_two_words_by_hand():
     """Scores 0 and log 3: probabilities 1/4 and 3/4; the slope of log p(1) is -1/4 and 1/4."""
     z = torch.tensor([[0.0, 3.0]]).log().clamp(min=0).requires_grad_()
-    found = _LogP.apply(z, torch.tensor([1]))
+    found = LogP.apply(z, torch.tensor([1]))
     assert found.item() == pytest.approx(float(torch.tensor(0.75).log()))
     assert torch.allclose(torch.autograd.grad(found, z)[0], torch.tensor([[-0.25, 0.25]]))
 

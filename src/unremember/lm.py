@@ -24,6 +24,7 @@ from unremember import team
 from unremember.attention import quick
 from unremember.decode import Pick, decode, likeliest, plain, roomy
 from unremember.errors import BadModel
+from unremember.logp import LogP
 from unremember.tokens import Row, Template, Tokens, joined, lanes, pack
 
 SHARED = 256  # places of a lane of prompts
@@ -218,7 +219,7 @@ class LM:
         logits = self.logits(tokens)
         if logits.dtype == torch.float32:  # nothing to spare: no copy is made
             return -nn.functional.cross_entropy(logits, tokens.target, reduction="none")
-        return _LogP.apply(logits, tokens.target)
+        return LogP.apply(logits, tokens.target)
 
     def step(self, ids: Tensor, seen: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Logits behind the last of ids (B, T), whose keys and values go into the cache. -> (B, V)
@@ -272,9 +273,7 @@ class LM:
         seen = torch.zeros_like(places)
         for key, last in zip(tokens.keys, tokens.source.tolist(), strict=True):
             lane, end = divmod(last, width)
-            path = tokens.visible[lane, 0, end].nonzero()[
-                :, 0
-            ]  # its ancestors, which stand in the order of their depth
+            path = tokens.visible[lane, 0, end].nonzero()[:, 0]  # its ancestors, in the order of their depth
             places[int(key), longest - len(path) :] = lane * width + path
             seen[int(key), longest - len(path) :] = 1
         order = torch.tensor([int(key) for key in tokens.keys], device=self.device)
@@ -331,37 +330,6 @@ class _Joint:
             whole = replace(lm, joint=None).logits(joined(self.micros))
             self.parts = whole.split([len(t.row) for t in self.micros])
         return next(part for t, part in zip(self.micros, self.parts, strict=True) if t is tokens)
-
-
-class _LogP(torch.autograd.Function):
-    """Log-softmax of logits (N, V) at target (N,), in float32, a few rows at a time.
-
-    Spares the float32 copies of the logits and of their gradient that `cross_entropy` makes: each row is read while it is in
-    the processor's cache, and what is kept for the way back is the logits themselves.
-    """
-
-    ROWS = 8  # 1.5 MB of a vocabulary of 49,152
-
-    @staticmethod
-    def forward(ctx, z: Tensor, target: Tensor) -> Tensor:
-        # less the largest first: the likelihood of a sure token is a small difference of large numbers
-        top = z.detach().amax(-1, keepdim=True).float() if len(z) else z.new_empty(0, 1, dtype=torch.float32)
-        parts = zip(z.split(_LogP.ROWS), top.split(_LogP.ROWS), strict=True)
-        total = torch.cat([(part.float() - most).exp_().sum(-1, keepdim=True).log_() for part, most in parts])
-        ctx.save_for_backward(z, target, top, total)
-        return (z.gather(1, target[:, None]).float() - top - total)[:, 0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *slopes: Tensor) -> tuple[Tensor, None]:
-        z, target, top, total = ctx.saved_tensors
-        (slope,) = slopes
-        out = torch.empty_like(z)
-        for at in range(0, len(z), _LogP.ROWS):
-            rows = slice(at, at + _LogP.ROWS)
-            part = (z[rows].float() - top[rows]).sub_(total[rows]).exp_().mul_(-slope[rows, None])
-            out[rows] = part.scatter_add_(1, target[rows, None], slope[rows, None])
-        return out, None
 
 
 class _Reached(Exception):

@@ -102,13 +102,12 @@ class Mechanistic:
 
     def __call__(self, lm: LM, corpus: Corpus, sites: Sites = EVERYWHERE, bench: Bench = BENCH) -> LM:
         corpus.require("mechanistic", self.needs)
-        unnamed = sites.everywhere
-        if unnamed and self.locator not in FIXED:  # nothing to trace where nothing is known
+        if sites.everywhere and self.locator not in FIXED:  # nothing to trace where nothing is known
             holds = "retain" in self.needs
             stop = Stopper.calibrated(lm, corpus, self.plan.stop, self.plan.every, holds, bench)
             if stop is not None and stop(lm, 0):
                 return lm.copy()
-        return descend(self, lm, corpus, self.sites(lm, corpus, bench) if unnamed else sites, bench)
+        return descend(self, lm, corpus, self.sites(lm, corpus, bench) if sites.everywhere else sites, bench)
 
     def check(self, corpus: Corpus) -> None:
         """BadCorpus where a role, a false answer or what the locator works on is missing."""

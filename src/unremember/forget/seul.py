@@ -215,9 +215,8 @@ class SeUL:
         if isinstance(scorer, str):
             template = "auto" if lm.template.chat else "plain"
             scorer = load(scorer, template=template, precision=lm.precision, device=str(lm.device))
-        if (
-            scorer.fingerprint == lm.fingerprint or self.scorer == lm.name
-        ):  # an adapter changes the first, not the second
+        # an adapter changes the fingerprint, and not the name
+        if scorer.fingerprint == lm.fingerprint or self.scorer == lm.name:
             warnings.warn(
                 "seul: the scorer is the model that is to forget; what it has memorised surprises it nowhere, so that its "
                 "ranking is noise; name a model that has not seen the texts",
