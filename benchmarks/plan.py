@@ -96,9 +96,8 @@ class Settings:
     beside: bytes a parameter of further whole models on each GPU: 4 for the original in float32, 0 for none.  `train`
     shares with it what does not move, on one GPU: with 0 the original of what does is still there.
     cached: autocast's bf16 copies of all matrices are there at once; else those of one block, cast at every pass.
-    policy: sharded weights are gathered in bf16 (FSDP2's MixedPrecisionPolicy) and not in float32.
+    policy: sharded blocks are gathered in bf16 (FSDP2's MixedPrecisionPolicy) and not in float32; the root never is.
     checkpointed: a block keeps its input alone and is computed again on the way back.
-    early: a pass ends at RMU's block (sharded ones go all the way).
     micro: places in one pass of one GPU.  step: places a step, all GPUs.  lane: places that attend to one another.
     scored: share of places whose logits are wanted.  score: bytes kept an attention score, 0 in a fused kernel.
     """
@@ -112,9 +111,8 @@ class Settings:
     moment: int = 4
     beside: int = 4
     cached: bool = True
-    policy: bool = False
+    policy: bool = True
     checkpointed: bool = False
-    early: bool = False
     micro: int = 2048
     step: int = 8192
     lane: int = 256
@@ -154,23 +152,14 @@ def reached(shape: Shape) -> int:
     return max(1, round(RMU_DEPTH * shape.layers))
 
 
-def passed(shape: Shape, machine: Machine, s: Settings) -> int:
+def passed(shape: Shape, s: Settings) -> int:
     """Blocks that a forward pass goes through."""
-    return reached(shape) if s.moves == "down" and (s.early or machine.count == 1) else shape.layers
+    return reached(shape) if s.moves == "down" else shape.layers
 
 
 def learning(shape: Shape, s: Settings) -> int:
     """Blocks that a backward pass goes through (RMU: an upper bound)."""
     return min(RMU_BLOCKS, reached(shape)) if s.moves == "down" else shape.layers
-
-
-def keeping(shape: Shape, machine: Machine, s: Settings) -> int:
-    """Blocks that keep activations, and copies of their matrices, until a pass ends.
-
-    A pass of RMU that goes all the way keeps those of the blocks above, too, which nobody asks for.
-    """
-    above = passed(shape, machine, s) - reached(shape) if s.moves == "down" else 0
-    return learning(shape, s) + above
 
 
 def micros(machine: Machine, s: Settings) -> int:
@@ -185,7 +174,7 @@ def wants_logits(s: Settings) -> bool:
 
 def lean(s: Settings) -> bool:
     """Whether the residual stream is bf16; under autocast it is float32, as the embedding is."""
-    return s.policy or (s.moves == "all" and s.weight == 2)
+    return s.moves == "all" and s.weight == 2
 
 
 def kept(shape: Shape, s: Settings) -> int:
@@ -201,19 +190,21 @@ def kept(shape: Shape, s: Settings) -> int:
     return (streams + 8) * shape.hidden + 8 * shape.inner + s.score * shape.heads * s.lane
 
 
-def activations(shape: Shape, machine: Machine, s: Settings) -> int:
+def activations(shape: Shape, s: Settings) -> int:
     """Bytes kept between forward and backward pass of one micro-batch, logits left out."""
-    blocks, whole = keeping(shape, machine, s), kept(shape, s)
+    blocks, whole = learning(shape, s), kept(shape, s)
     inputs = (2 if lean(s) else 4) * shape.hidden
     return s.micro * (blocks * inputs + whole if s.checkpointed else blocks * whole)
 
 
 def copies(shape: Shape, machine: Machine, s: Settings) -> int:
     """Bytes of bf16 copies of float32 matrices; without `cached`, of the largest that is at work at a time."""
-    if (s.policy and machine.count > 1) or (s.moves == "all" and s.weight == 2):
+    if s.moves == "all" and s.weight == 2:
         return 0
+    if s.policy and machine.count > 1:
+        return 2 * shape.head if wants_logits(s) else 0
     if s.moves == "down":
-        return 2 * (moving(shape, s) if s.frozen == 2 else keeping(shape, machine, s) * shape.block)
+        return 2 * (moving(shape, s) if s.frozen == 2 else learning(shape, s) * shape.block)
     body = 0 if s.moves == "lora" and s.frozen == 2 else shape.block
     return 2 * (shape.layers * body + shape.head if s.cached else max(body, shape.head))
 
@@ -238,7 +229,7 @@ def gathered(shape: Shape, machine: Machine, s: Settings) -> int:
     body = 2 if s.moves != "all" and s.frozen == 2 else width
     ends = total(shape) - shape.layers * shape.block
     moves = {"all": 2 * shape.block + ends, "lora": 2 * moving(shape, s) // shape.layers, "down": moving(shape, s)}
-    return 2 * shape.block * body + ends * width + moves[s.moves] * s.weight
+    return 2 * shape.block * body + ends * s.weight + moves[s.moves] * s.weight
 
 
 def memory(shape: Shape, machine: Machine, s: Settings) -> dict[str, float]:
@@ -256,7 +247,7 @@ def memory(shape: Shape, machine: Machine, s: Settings) -> dict[str, float]:
         "gathered": gathered(shape, machine, s),
         "gradients": moves * s.weight / n,
         "moments": 2 * moves * s.moment / n if s.optimiser == "adamw" else 0,
-        "activations": activations(shape, machine, s),
+        "activations": activations(shape, s),
         "logits": s.scored * s.micro * shape.vocab * LOGIT if wants_logits(s) else 0,
         "passing": largest * (6 if s.weight == 4 else 2),
     }
@@ -282,7 +273,7 @@ def operations(shape: Shape, machine: Machine, s: Settings) -> float:
     block = 2 * shape.block + 4 * shape.hidden * s.lane
     back = 2 * block if s.moves == "all" else block + 4 * shape.hidden * s.lane
     again = block if s.checkpointed else 0
-    body = places * (passed(shape, machine, s) * block + learning(shape, s) * (back + again))
+    body = places * (passed(shape, s) * block + learning(shape, s) * (back + again))
     extra = {"all": 0, "lora": 6 * moving(shape, s), "down": 2 * moving(shape, s)}[s.moves] * places
     head = s.scored * places * 2 * shape.head * (3 if s.moves == "all" else 2) if wants_logits(s) else 0
     return body + extra + head
@@ -302,14 +293,16 @@ def moved(shape: Shape, machine: Machine, s: Settings) -> float:
     )  # weight read and written, gradient read twice, moments read and written
     sums = passes * moves * (18 if s.weight == 4 else 6)
     again = 1 + s.checkpointed
-    matrices = 0 if s.moves == "lora" and s.frozen == 2 else passed(shape, machine, s) * shape.block
+    matrices = 0 if s.moves == "lora" and s.frozen == 2 else passed(shape, s) * shape.block
     if s.moves == "down" and s.frozen == 2:
         matrices = moves
     cast = 6 * (matrices + (shape.head if wants_logits(s) else 0))
     once = s.cached and s.moves == "all" and n == 1  # a frozen weight's copy is not kept by autocast's cache
+    if s.policy and n > 1:
+        cast = 6 * shape.head if wants_logits(s) else 0
     casts = 0 if lean(s) else cast * (1 if once else passes * again)
     learns = learning(shape, s)
-    flow = places * STREAM * kept(shape, s) * (passed(shape, machine, s) + learns * (2 + s.checkpointed))
+    flow = places * STREAM * kept(shape, s) * (passed(shape, s) + learns * (2 + s.checkpointed))
     loss = 3 * LOGIT * s.scored * places * shape.vocab if wants_logits(s) else 0
     return update + sums + casts + flow + loss
 
@@ -323,8 +316,8 @@ def communicated(shape: Shape, machine: Machine, s: Settings) -> float:
     width = 2 if s.policy or s.weight == 2 else 4
     body = 2 if s.moves != "all" and s.frozen == 2 else width
     ends = total(shape) - shape.layers * shape.block
-    blocks = passed(shape, machine, s) + learning(shape, s)
-    return (n - 1) / n * micros(machine, s) * (blocks * shape.block * body + ends * width + moves * s.weight)
+    blocks = passed(shape, s) + learning(shape, s)
+    return (n - 1) / n * micros(machine, s) * (blocks * shape.block * body + ends * s.weight + moves * s.weight)
 
 
 def seconds(shape: Shape, machine: Machine, s: Settings) -> dict[str, float]:
@@ -367,11 +360,9 @@ AWAY = ("original put away", {"beside": 0})
 PIECES = ("loaded in pieces, no whole model on a GPU", {"beside": 0})
 CHECKPOINT = ("activation checkpointing", {"checkpointed": True})
 BLOCKWISE = ("copies of one block at a time", {"cached": False})
-POLICY = ("MixedPrecisionPolicy", {"policy": True})
 FROZEN = ("frozen matrices in bf16", {"frozen": 2})
 BF16 = ("weights, gradients and moments in bf16", {"weight": 2, "moment": 2})
 EIGHT = ("moments in 8 bits", {"moment": 1})
-EARLY = ("a pass ends at its block", {"early": True})
 
 ONE = [  # 7B on one GPU
     *ladder(Settings("**NPO, all weights, AdamW**, as it is"), AWAY, CHECKPOINT, BLOCKWISE, BF16),
@@ -381,23 +372,21 @@ ONE = [  # 7B on one GPU
 ]
 WIDE = 2 * 8 * 2048  # places a step on eight GPUs: one pass of each role, for sharded passes are not shared
 EIGHT_GPUS = [  # 70B on eight GPUs, where `train` copies the whole model before it shards it: the original stays whole
-    *ladder(Settings("**NPO, all weights, AdamW**, as it is", step=WIDE), PIECES, POLICY, CHECKPOINT, BF16, EIGHT),
+    *ladder(Settings("**NPO, all weights, AdamW**, as it is", step=WIDE), PIECES, CHECKPOINT, BF16, EIGHT),
     *ladder(
         Settings("**NPO, all weights, SGD**, as it is", optimiser="sgd", step=WIDE),
         PIECES,
-        POLICY,
         CHECKPOINT,
         ("weights and gradients in bf16", {"weight": 2}),
     ),
     *ladder(
         Settings("**NPO, LoRA of rank 16**, as it is", "lora", step=WIDE),
         PIECES,
-        POLICY,
         FROZEN,
         ("512 places a pass", {"micro": 512}),
         ("2,048 again, activation checkpointing", {"micro": 2048, "checkpointed": True}),
     ),
-    *ladder(Settings("**RMU**, as it is", "down", step=WIDE), PIECES, EARLY, POLICY, FROZEN),
+    *ladder(Settings("**RMU**, as it is", "down", step=WIDE), PIECES, FROZEN),
 ]
 
 
@@ -473,7 +462,7 @@ def main() -> None:
     shape = LLAMA_31_70B
     print(f"\n### {shape.name} on eight GPUs of 80 GB: memory of each\n\n{memories(shape, eight[0], EIGHT_GPUS)}")
     print(f"\n### {shape.name} on eight GPUs: a step of {WIDE:,} places\n\n{steps(shape, eight, EIGHT_GPUS)}")
-    wide = EIGHT_GPUS[3]  # float32 AdamW with all that costs no precision
+    wide = EIGHT_GPUS[2]  # float32 AdamW with all that costs no precision
     print(
         f"\nAll weights with AdamW in float32, sharded, with checkpointing: {fewest(shape, A100, wide)} GPUs of 80 GB."
     )

@@ -8,15 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from unremember import run as room
 from unremember import table
+from unremember import train as trainer
 from unremember.attack import Relearn, Rephrase
 from unremember.audit import AUDITS, EVIDENCE, UTILITY
 from unremember.bench import Bench
@@ -254,6 +257,30 @@ def test_a_run_folder_is_a_request(demo_run):
     assert Run(twin).made_from == Run(demo_run.request).made_from
     with pytest.raises(BadRequest, match="no run folder"):
         again(demo_run.folder.parent)
+
+
+def test_places_and_recompute_reach_training_and_change_nothing(asked, tmp_path, monkeypatch):
+    seen = []
+    plain = trainer.batch, trainer.recomputed
+
+    def batched(pools, plan, step, budget):
+        seen.append(budget)
+        return plain[0](pools, plan, step, budget)
+
+    def again(model, wanted):
+        seen.append(wanted)
+        return plain[1](model, wanted)
+
+    monkeypatch.setattr(trainer, "batch", batched)
+    monkeypatch.setattr(trainer, "recomputed", again)
+    method, weights = Ascent(Plan(steps=2, lr=1e-2, optimiser="sgd")), []
+    for more in ({}, {"places": 64, "recompute": True}):
+        wanted = asked(method, out=tmp_path / f"out{len(more)}", audits=EVIDENCE, **more)
+        with suppress(BadFolder):  # nothing was audited
+            execute(wanted, stages=("forget",))
+        weights.append(load_file(wanted.out / "model" / "model.safetensors"))
+    assert seen == [2048, False] * 2 + [64, True] * 2
+    assert all(torch.allclose(w, weights[1][name], atol=1e-4) for name, w in weights[0].items())
 
 
 # ── where it may write ──

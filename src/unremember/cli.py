@@ -53,6 +53,12 @@ def main() -> None:
             console.print(Text("✗ ", "red") + Text(problem), soft_wrap=True)
         sys.exit(error.code)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not worth an import here
+            console.print(
+                Text("✗ ", "red") + Text(f"{str(error).splitlines()[0]} Set run.places lower, run.recompute = true, or "
+                "forget.lora; the same command again goes on from there."), soft_wrap=True
+            )  # fmt: skip
+            sys.exit(1)
         said = getattr(error, "format_message", None)  # click's own usage errors
         if said is None:
             raise

@@ -133,27 +133,22 @@ class LM:
     def hidden(self, tokens: Tokens, block: int) -> Tensor:
         """Residual stream behind block `block` at the places that predict the scored tokens. -> (N, H)
 
-        The forward pass ends there, head and upper blocks left out; sharded weights must go all the way, or their blocks
-        would not be put away again.
+        The forward pass ends there, upper blocks left out and the head given nothing.
         """
         found: list[Tensor] = []
 
         def keep(_, __, output):
             found.append(output[0] if isinstance(output, tuple) else output)
-            if team.size() == 1:
-                raise _Reached
 
         handle = team.blocks(self.model)[block].register_forward_hook(keep)
         try:
-            with self.headed(lambda hidden: hidden[:, :0]):
+            with self.headed(lambda hidden: hidden[:, :0]), team.cut(self.model, block):
                 self.model(
                     input_ids=tokens.ids,
                     position_ids=tokens.positions,
                     attention_mask=_additive(tokens.visible, self.attention_dtype),
                     use_cache=False,
                 )
-        except _Reached:
-            pass
         finally:
             handle.remove()
         return found[0].flatten(0, 1)[tokens.source]
@@ -330,10 +325,6 @@ class _Joint:
             whole = replace(lm, joint=None).logits(joined(self.micros))
             self.parts = whole.split([len(t.row) for t in self.micros])
         return next(part for t, part in zip(self.micros, self.parts, strict=True) if t is tokens)
-
-
-class _Reached(Exception):
-    """The block that was asked for has spoken."""
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

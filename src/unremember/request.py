@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from unremember.bench import BENCH
 from unremember.corpus import ROLES, Corpus, Example
 from unremember.errors import BadInput, BadRequest, nearest
 from unremember.folder import read_json
@@ -27,6 +28,8 @@ TEMPLATE = """\
 name = "my-request"
 out = "runs/my-request"       # everything is written here, nothing anywhere else
 seed = 0
+# places = 1024               # tokens of a forward pass; fewer take less memory, the same numbers come out
+# recompute = true            # keep less between forward and backward pass, for a third more arithmetic
 
 [model]
 name = "path/to/model"        # a folder, a GGUF file, a PEFT adapter, a hub id, or smollm2-135m
@@ -102,10 +105,12 @@ class Request:
     chunks: int = 1
     lora: Lora | None = None
     echo: Mapping[str, Any] = field(default_factory=dict)
+    places: int = BENCH.budget
+    recompute: bool = False
 
 
 SECTIONS = {
-    "run": ("name", "out", "seed"),
+    "run": ("name", "out", "seed", "places", "recompute"),
     "model": ("name", "control", "template", "precision"),
     "corpus": ROLES,
     "locate": None,  # depends on the locator
@@ -209,6 +214,11 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     if type(seed) is not int or seed < 0:
         problems.append(f"run.seed is {seed!r}; it must be a whole number from 0")
         seed = 0
+    places, recompute = run.get("places", BENCH.budget), run.get("recompute", False)
+    if type(places) is not int or places < 64:
+        problems.append(f"run.places is {places!r}; it must be a whole number from 64, the tokens of a forward pass")
+    if type(recompute) is not bool:
+        problems.append(f"run.recompute is {recompute!r}; it must be true or false")
     model_name = text("model", model, "name", "")
     control = text("model", model, "control", "")
     template = text("model", model, "template", "auto", ("auto", "chat", "plain"))
@@ -316,7 +326,7 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     wanted = tuple(a for a in AUDITS if a in named)
     return Request(
         name, out, model_name, corpus, method_name, method, attacks, wanted, rule, seed, control, template, precision,
-        tuple(sites), locator_name, locator, budget, chunks, lora, dict(raw),
+        tuple(sites), locator_name, locator, budget, chunks, lora, dict(raw), places, recompute,
     )  # fmt: skip
 
 

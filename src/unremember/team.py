@@ -65,16 +65,22 @@ def total(terms: dict[str, float]) -> dict[str, float]:
     return {name: sum(part.get(name, 0.0) for part in parts) for name in sorted({n for part in parts for n in part})}
 
 
-def shard(model: nn.Module) -> nn.Module:
-    """Split the weights over the processes, block by block (FSDP2); alone, return the model as it is."""
+def shard(model: nn.Module, precision: str = "fp32") -> nn.Module:
+    """Split the weights over the processes, block by block (FSDP2); alone, return the model as it is.
+
+    precision 'bf16' gathers blocks in bfloat16, which halves the bytes; each process keeps its part in float32, gradients add
+    up in float32, and so does the residual stream.  Embedding and head stay whole in precision: bfloat16 logits tie.
+    """
     if size() == 1:
         return model
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    lower = torch.bfloat16 if precision == "bf16" else None
+    policy = MixedPrecisionPolicy(lower, torch.float32 if lower else None, cast_forward_inputs=False)
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (size(),))
     for block in blocks(model):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     return model
 
@@ -92,6 +98,21 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a transformer: the members of its longest module list."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=len)) if lists else []
+
+
+@contextmanager
+def cut(model: nn.Module, block: int) -> Generator[None]:
+    """While the context lasts, a forward pass ends behind block `block`, counted from 0: those above are out of its way."""
+    lists = [(m, name) for m in model.modules() for name, x in m.named_children() if isinstance(x, nn.ModuleList)]
+    owner, name = max(lists, key=lambda x: len(getattr(*x)))
+    whole = getattr(owner, name)
+    # not before the pass begins: FSDP2 has to meet all blocks at its first one
+    handle = model.register_forward_pre_hook(lambda *_: setattr(owner, name, whole[: block + 1]))
+    try:
+        yield
+    finally:
+        handle.remove()
+        setattr(owner, name, whole)
 
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:

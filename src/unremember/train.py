@@ -27,6 +27,7 @@ from unremember import team
 from unremember.bench import BENCH, Bench
 from unremember.errors import BadModel, Diverged
 from unremember.lm import LM
+from unremember.recompute import recomputed
 from unremember.sites import EVERYWHERE, Sites
 from unremember.tokens import Row, Tokens, count, fitting, pack, packs
 
@@ -144,7 +145,7 @@ def train(
     moving = sites.moving(lm.model)
     source, lm = lm, lm.copy(None if team.size() > 1 else moving)
     kept = sites.open(lm.model)
-    lm = replace(lm, model=team.shard(lm.model))
+    lm = replace(lm, model=team.shard(lm.model, lm.precision))
     weights = [w for w in lm.model.parameters() if w.requires_grad]
     optimiser: torch.optim.Optimizer = (
         torch.optim.SGD(weights, lr=plan.lr, weight_decay=plan.weight_decay)
@@ -155,7 +156,8 @@ def train(
     if bench.log and team.rank() == 0:
         rewind(bench.log, stage, first)
     before, after = (getattr(objective, name, _idle) for name in ("before", "after"))
-    saved, stopped = time.monotonic(), stop is not None and _looks(stop, first) and stop(lm, first)
+    saved, took = time.monotonic(), 0.0
+    stopped = stop is not None and _looks(stop, first) and stop(lm, first)
     for step in range(first, plan.steps):
         if stopped:
             break
@@ -163,7 +165,8 @@ def train(
             group["lr"] = plan.rate(step)
         micros = [tokens.to(lm.device) for tokens in batch(pools, plan, step, bench.budget)]
         before(lm, micros, step + 1)
-        sums = team.total(backward(lm, objective, micros, bench.budget))
+        with recomputed(lm.model, bench.recompute):
+            sums = team.total(backward(lm, objective, micros, bench.budget))
         after(lm, micros)
         norm = clipped(weights, plan.clip)
         if not np.isfinite([norm, *sums.values()]).all():
@@ -186,12 +189,15 @@ def train(
             with bench.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line | look) + "\n")
         bench.say(stage, done, plan.steps, sums)
-        late = time.monotonic() - saved > bench.every
+        began = time.monotonic()
+        # a large model's checkpoints take a twentieth of the time, or stay away for ten times as long
+        late = began - saved > max(bench.every, min(20 * took, 10 * bench.every))
         if bench.folder and team.size() > 1:
             late = bool(team.total({"late": float(late)})["late"])  # all or none
         if bench.folder and late and done < plan.steps and not stopped:
             team.save(bench.folder, lm.model, optimiser, done)
             saved = time.monotonic()
+            took = saved - began
     if team.size() > 1:
         result = source.copy()
         result.model.load_state_dict(team.whole_state(lm.model))

@@ -1,4 +1,4 @@
-"""WHP, F-Learning, DEPN and mechanistic unlearning on two processes, and in a LoRA adapter.
+"""WHP, F-Learning, DEPN, RMU and mechanistic unlearning on two processes, and in a LoRA adapter.
 
 One torchrun does all that needs two processes, and the tests below look at what it left.
 """
@@ -53,10 +53,11 @@ METHODS = {
     "flearning, rank": FLearning(ADAPTED, (1.0,), rank=2),
     "mechanistic": Mechanistic(replace(STEPS, stop="probability"), "patching", share=0.4),
     "mechanistic, adapter": Mechanistic(ADAPTED, "patching", share=0.5),
+    "rmu": RMU(replace(STEPS, stop="probability"), 4.0, 10.0, depth=0.5),  # block 0: the one above is left out
     "whp": WHP(replace(STEPS, stop="probability"), replace(STEPS, steps=3), 5.0, anchors="rules", retain=1.0),
     "whp, adapter": WHP(ADAPTED, ADAPTED, 5.0, anchors="rules"),
 }
-LOGGED = ("depn", "flearning", "mechanistic", "whp")
+LOGGED = ("depn", "flearning", "mechanistic", "rmu", "whp")
 
 
 def start(lm: LM, name: str) -> LM:
