@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,18 @@ def flops(lm: LM) -> float:
     return 6 * (body * sum(t.ids.numel() for t in micros) + head * sum(len(t.row) for t in micros))
 
 
-def measured(lm: LM, names: list[str], rounds: int, memory: bool, say=print) -> dict:
-    dtype = torch.bfloat16 if lm.precision == "bf16" else torch.float32
-    rate = products(dtype)
-    trains = ("ascent", "npo", "npo + KL")
-    stages = {}
+def measured(lm: LM, names: list[str], rounds: int, memory: bool, say=print) -> Iterator[dict]:
+    """The whole result so far, after each stage."""
+    rate = products(torch.bfloat16 if lm.precision == "bf16" else torch.float32)
+    trains, stages = ("ascent", "npo", "npo + KL"), {}
+    result = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "precision": lm.precision,
+        "rounds": rounds,
+        "matrix products, GFLOP/s": rate / 1e9,
+        "memory, GB/s": bandwidth() / 1e9,
+        "stages": stages,
+    }
     for name in names:
         say(f"▸ {name}")
         seconds = timed({side: made(lm, name, side) for side in ("plain", "ours")}, rounds)
@@ -57,14 +65,7 @@ def measured(lm: LM, names: list[str], rounds: int, memory: bool, say=print) -> 
         if memory:
             found["peak memory, MB"] = {side: peak(name, side) for side in ("plain", "ours")}
         stages[name] = found
-    return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "precision": lm.precision,
-        "rounds": rounds,
-        "matrix products, GFLOP/s": rate / 1e9,
-        "memory, GB/s": bandwidth() / 1e9,
-        "stages": stages,
-    }
+        yield result
 
 
 def table(result: dict) -> str:
@@ -136,10 +137,13 @@ def main() -> None:
     if strange := [name for name in names if name not in STAGES]:
         parser.error(f"unknown stages {', '.join(strange)}; there are {', '.join(STAGES)}")
     claim(args.out)
-    result = measured(load("smollm2-135m"), names, args.rounds, not args.no_memory)
-    write_json(args.out / "bench.json", result)
-    write_text(args.out / "bench.md", table(result))
-    write_text(args.out / "bench.svg", picture(result))
+    result: dict = {}
+    for result in measured(
+        load("smollm2-135m"), names, args.rounds, not args.no_memory
+    ):  # minutes a stage: none is lost
+        write_json(args.out / "bench.json", result)
+        write_text(args.out / "bench.md", table(result))
+        write_text(args.out / "bench.svg", picture(result))
     print(table(result))
     print(json.dumps({k: v for k, v in result.items() if k != "stages"}, indent=1))
 
