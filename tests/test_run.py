@@ -274,13 +274,16 @@ def test_places_and_recompute_reach_training_and_change_nothing(asked, tmp_path,
     monkeypatch.setattr(trainer, "batch", batched)
     monkeypatch.setattr(trainer, "recomputed", again)
     method, weights = Ascent(Plan(steps=2, lr=1e-2, optimiser="sgd")), []
-    for more in ({}, {"places": 64, "recompute": True}):
+    for more in ({}, {"places": 64, "recompute": True}, {"recompute": True}):
         wanted = asked(method, out=tmp_path / f"out{len(more)}", audits=EVIDENCE, **more)
         with suppress(BadFolder):  # nothing was audited
-            execute(wanted, stages=("forget",))
+            execute(wanted, Bench(budget=96), stages=("forget",))
         weights.append(load_file(wanted.out / "model" / "model.safetensors"))
-    assert seen == [2048, False] * 2 + [64, True] * 2
-    assert all(torch.allclose(w, weights[1][name], atol=1e-4) for name, w in weights[0].items())
+    assert (
+        seen == [96, False] * 2 + [64, True] * 2 + [96, True] * 2
+    )  # a request that says nothing leaves the bench alone
+    for other in weights[1:]:
+        assert all(torch.allclose(w, other[name], atol=1e-4) for name, w in weights[0].items())
 
 
 # ── where it may write ──

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from unremember.bench import Bench
 from unremember.errors import BadModel, BadRequest, Diverged
 from unremember.sites import EVERYWHERE, Sites
-from unremember.train import Plan, batch, order, train
+from unremember.train import Plan, batch, order, pause, train
 
 PLAN = Plan(steps=6, lr=3e-3, batch=4, beside=3, warmup=2, schedule="linear", weight_decay=0.1, clip=1.0)
 
@@ -393,6 +393,12 @@ def test_training_ends_when_the_stopper_says_so(tiny, pools, trained):
     assert stop.asked == [0, 1, 2, 3] and not same(early, trained)
     bench = Bench(say=lambda stage, done, total, terms: done < 3 or pytest.fail("a step after the stop"))
     assert same(train(tiny, objective, pools, PLAN, stop=After(2, every=2), bench=bench), early) is False
+
+
+def test_dear_checkpoints_are_made_more_seldom():
+    assert pause(60, 0) == pause(60, 3) == 60  # the first one, and cheap ones
+    assert pause(60, 10) == 200 and pause(60, 100) == 600  # a twentieth of the time, ten times as long at most
+    assert pause(0, 10) == 0
 
 
 def test_the_stopper_looks_every_so_often(tiny, pools):

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from unremember.bench import BENCH
 from unremember.corpus import ROLES, Corpus, Example
 from unremember.errors import BadInput, BadRequest, nearest
 from unremember.folder import read_json
@@ -105,7 +104,7 @@ class Request:
     chunks: int = 1
     lora: Lora | None = None
     echo: Mapping[str, Any] = field(default_factory=dict)
-    places: int = BENCH.budget
+    places: int = 0  # as the bench has it
     recompute: bool = False
 
 
@@ -214,8 +213,8 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     if type(seed) is not int or seed < 0:
         problems.append(f"run.seed is {seed!r}; it must be a whole number from 0")
         seed = 0
-    places, recompute = run.get("places", BENCH.budget), run.get("recompute", False)
-    if type(places) is not int or places < 64:
+    places, recompute = run.get("places", 0), run.get("recompute", False)
+    if "places" in run and (type(places) is not int or places < 64):
         problems.append(f"run.places is {places!r}; it must be a whole number from 64, the tokens of a forward pass")
     if type(recompute) is not bool:
         problems.append(f"run.recompute is {recompute!r}; it must be true or false")

@@ -48,7 +48,8 @@ def execute(request: Request, bench: Bench = BENCH, title: Title = lambda text: 
 
     Raises BadFolder where request.out is not ours or too small, and whatever the rooms raise.
     """
-    run = Run(request, replace(bench, budget=request.places, recompute=request.recompute), title)
+    here = replace(bench, budget=request.places or bench.budget, recompute=request.recompute or bench.recompute)
+    run = Run(request, here, title)
     run.open()
     if "audit" in stages:
         for who in run.models:

@@ -96,15 +96,22 @@ def like(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a transformer: the members of its longest module list."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    place = _stack(model)
+    return list(getattr(*place)) if place else []
+
+
+def _stack(model: nn.Module) -> tuple[nn.Module, str] | None:
+    """Who holds the longest module list, and under which name."""
+    lists = [(m, name) for m in model.modules() for name, x in m.named_children() if isinstance(x, nn.ModuleList)]
+    return max(lists, key=lambda x: len(getattr(*x))) if lists else None
 
 
 @contextmanager
 def cut(model: nn.Module, block: int) -> Generator[None]:
     """While the context lasts, a forward pass ends behind block `block`, counted from 0: those above are out of its way."""
-    lists = [(m, name) for m in model.modules() for name, x in m.named_children() if isinstance(x, nn.ModuleList)]
-    owner, name = max(lists, key=lambda x: len(getattr(*x)))
+    place = _stack(model)
+    assert place, "a model without blocks has none to end at"
+    owner, name = place
     whole = getattr(owner, name)
     # not before the pass begins: FSDP2 has to meet all blocks at its first one
     handle = model.register_forward_pre_hook(lambda *_: setattr(owner, name, whole[: block + 1]))

@@ -190,8 +190,7 @@ def train(
                 file.write(json.dumps(line | look) + "\n")
         bench.say(stage, done, plan.steps, sums)
         began = time.monotonic()
-        # a large model's checkpoints take a twentieth of the time, or stay away for ten times as long
-        late = began - saved > max(bench.every, min(20 * took, 10 * bench.every))
+        late = began - saved > pause(bench.every, took)
         if bench.folder and team.size() > 1:
             late = bool(team.total({"late": float(late)})["late"])  # all or none
         if bench.folder and late and done < plan.steps and not stopped:
@@ -242,6 +241,11 @@ def clipped(weights: Sequence[Tensor], most: float) -> float:
     if most:
         torch.nn.utils.clip_grads_with_norm_(weights, most, reached)
     return float(reached.full_tensor() if hasattr(reached, "full_tensor") else reached)
+
+
+def pause(every: float, took: float) -> float:
+    """Seconds to the next checkpoint, where the last one took `took`: a twentieth of the time, but ten times `every` at most."""
+    return max(every, min(20 * took, 10 * every))
 
 
 def _idle(*_: object) -> None:
