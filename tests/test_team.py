@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from unremember import team
@@ -61,6 +62,17 @@ class Watched:
         return terms
 
 
+class Curious:
+    """The objective, with a look at the model between the last backward pass and the optimiser."""
+
+    def __call__(self, lm, tokens):
+        return objective(lm, tokens)
+
+    @torch.no_grad()
+    def after(self, lm, micros):
+        lm.logp(micros[0])
+
+
 def people():
     """Few of each, for two processes on a busy machine wait for one another a lot."""
     from unremember.embedded.dossier import dossier
@@ -84,6 +96,17 @@ def numbers(lm: LM) -> dict[str, torch.Tensor]:
     return {name: w.detach().clone() for name, w in lm.model.named_parameters()}
 
 
+def apart() -> list[float]:
+    """Largest difference between gradients' sums, and their means, as they travel here and as they are."""
+    sent = [torch.randn(64, generator=torch.Generator().manual_seed(rank)).bfloat16().float() for rank in range(2)]
+    ours, found = torch.empty(32), []
+    for op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+        team._Lower(torch.bfloat16)(ours, sent[team.rank()], dist.group.WORLD, op)
+        whole = (sent[0] + sent[1]) / (2 if op == dist.ReduceOp.AVG else 1)
+        found.append((ours - whole[32 * team.rank() :][:32]).abs().max().item())
+    return found
+
+
 def halts(step: int):
     def say(stage, done, total, terms):
         if stage == "train" and done == step:
@@ -103,6 +126,7 @@ def child(model: str, out: Path) -> None:
     results["masked"] = train(lm, objective, rows, replace(PLAN, weight_decay=0.1), sites=sites(lm))
     plan = Plan(steps=2, lr=1e-3, stop="probability")
     results["npo"] = NPO(plan, beta=0.1, retain=1.0, kl=1.0)(lm, corpus, bench=Bench(budget=BUDGET))
+    results["curious"] = train(lm, Curious(), rows, PLAN)
     results["lower"] = train(replace(lm, precision="bf16"), watched := Watched(), rows, PLAN)
     results["continued"] = train(lm, objective, rows, PLAN, bench=Bench(folder=out / "one"))
     with suppress(KeyboardInterrupt):
@@ -112,6 +136,8 @@ def child(model: str, out: Path) -> None:
         "level": level,
         "merged": team.merge({team.rank(): team.rank()}),
         "total": team.total({"a": 1.0 + team.rank()}),
+        "most": team.most([(1, 5 - team.rank()), (2 + team.rank(), 1)]),
+        "apart": apart(),
         "gathered": watched.dtypes,
     }
     (out / f"rank{team.rank()}.json").write_text(json.dumps(said))
@@ -171,6 +197,11 @@ def test_two_processes_train_as_one_does(taught, out, alone):
     assert_close(load_file(out / "plain.safetensors"), alone, numbers(taught))
 
 
+def test_a_look_before_the_optimiser_leaves_no_old_weights_behind(taught, out, alone):
+    """What a look gathers must not serve the next step."""
+    assert_close(load_file(out / "curious.safetensors"), alone, numbers(taught))
+
+
 def test_two_processes_log_the_terms_of_the_whole_step(taught, out, tmp_path):
     train(taught, objective, pools(taught, people()), PLAN, bench=Bench(log=tmp_path / "train.jsonl"))
     two, one = ([json.loads(x) for x in (at / "train.jsonl").read_text().splitlines()] for at in (out, tmp_path))
@@ -207,6 +238,11 @@ def test_blocks_are_gathered_in_half_the_bytes(taught, out):
     assert max(way.values()) < 0.2, way  # measured: 0.006 to 0.078
 
 
+def test_gradients_that_are_bf16_add_up_exactly_though_they_travel_so(out):
+    for rank in (0, 1):
+        assert json.loads((out / f"rank{rank}.json").read_text())["apart"] == [0.0, 0.0]
+
+
 def test_a_checkpoint_of_one_process_is_taken_up_by_two(taught, out, alone):
     assert_close(load_file(out / "continued.safetensors"), alone, numbers(taught))
     assert not (out / "one").exists()
@@ -224,6 +260,7 @@ def test_a_checkpoint_of_two_processes_is_taken_up_by_one(taught, out, alone):
 def test_all_processes_know_the_same(taught, out):
     first, second = (json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and first["merged"] == {"0": 0, "1": 1} and first["total"] == {"a": 3.0}
+    assert first["most"] == [[1, 5], [3, 1]]
     expected = [x.likelihood() for x in read(taught, taught.template.rows(people()["holdout"][:5]))]
     np.testing.assert_allclose(first["level"], expected, rtol=1e-3)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from unremember.corpus import Example
 from unremember.errors import BadCorpus
-from unremember.tokens import PLAIN, Row, count, fitting, joined, lanes, pack, packs
+from unremember.tokens import PLAIN, Row, count, fitting, joined, lanes, narrowed, pack, packs, shares
 
 
 def slow(lm, rows: list[Row]) -> list[torch.Tensor]:
@@ -217,6 +217,26 @@ def test_lanes_partition_the_rows_and_keep_their_width(rows, width):
         assert pack([lane]).ids.shape[1] <= width or len(lane) == 1
 
 
+@given(some_rows(), st.integers(1, 60))
+def test_the_narrowest_width_makes_as_many_lanes(rows, width):
+    found, most = narrowed(rows, width), len(lanes(rows, width))
+    counts = [len(lanes(rows, each)) for each in range(1, width + 1)]  # the slow way: all widths
+    assert found == 1 + min(at for at, count in enumerate(counts) if count <= most)
+
+
+@given(some_rows(), st.integers(1, 4))
+def test_shares_partition_the_rows_and_are_alike(rows, count):
+    """No share has more places than its part and the half of a row at either end."""
+    found = shares(rows, count)
+    assert len(found) == count and [row for share in found for row in share] == sorted(
+        rows, key=lambda row: (row.ids, row.key)
+    )
+    whole, longest = pack([rows]).ids.shape[1], max(len(row.ids) for row in rows)
+    for share in filter(None, found):
+        shared = max(len(row.ids) for row in share)  # what the first one cannot share with the row before it
+        assert pack([share]).ids.shape[1] <= (whole + len(rows)) / count + longest + shared
+
+
 @given(some_rows(), st.integers(1, 200), st.integers(1, 60))
 def test_packs_partition_the_rows_and_keep_their_budget(rows, budget, width):
     groups = packs(rows, budget, width)
@@ -229,9 +249,10 @@ def test_packs_partition_the_rows_and_keep_their_budget(rows, budget, width):
 def test_joined_batches_are_one_that_holds_them_all(rows, width, budget):
     """Every scored token keeps its row, its target, and the text that its source sees."""
     micros = [pack([lane]) for lane in lanes(rows, width)]
-    groups = fitting(micros, budget)
-    assert [id(t) for group in groups for t in group] == [id(t) for t in micros]
-    for group in groups:
+    groups = fitting([tuple(t.ids.shape) for t in micros], budget)
+    assert [at for group in groups for at in group] == list(range(len(micros)))
+    for places in groups:
+        group = [micros[at] for at in places]
         whole = joined(group)
         assert whole.ids.numel() <= budget or len(group) == 1
         assert whole.keys == tuple(key for t in group for key in t.keys) and len(whole.row) == sum(

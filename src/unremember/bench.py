@@ -15,7 +15,8 @@ def _silent(stage: str, done: int, total: int, terms: dict[str, float]) -> None:
 @dataclass(frozen=True)
 class Bench:
     """device: torch device name.  budget: places in one packed forward pass.  batch: prompts decoded together.
-    recompute: training keeps what enters a block, and computes the rest again on the way back.
+    recompute: training keeps what enters a block, and computes the rest again on the way back, where it gathers
+    sharded weights again.
     folder: where a training run keeps its checkpoint, None = nowhere.  every: seconds between two checkpoints, at least.
     log: file for one JSON line a step, None = no file.
     say(stage, done, total, terms): called after each unit of work.

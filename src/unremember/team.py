@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,21 @@ def total(terms: dict[str, float]) -> dict[str, float]:
     return {name: sum(part.get(name, 0.0) for part in parts) for name in sorted({n for part in parts for n in part})}
 
 
-def shard(model: nn.Module, precision: str = "fp32") -> nn.Module:
+def most(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The greatest of each number over the processes, which all have equally many."""
+    if size() == 1:
+        return shapes
+    parts: list[list] = [[] for _ in range(size())]
+    dist.all_gather_object(parts, shapes)
+    return [tuple(map(max, zip(*place, strict=True))) for place in zip(*parts, strict=True)]
+
+
+def shard(model: nn.Module, precision: str = "fp32", again: bool = False) -> nn.Module:
     """Split the weights over the processes, block by block (FSDP2); alone, return the model as it is.
 
-    precision 'bf16' gathers blocks in bfloat16, which halves the bytes; each process keeps its part in float32, gradients add
-    up in float32, and so does the residual stream.  Embedding and head stay whole in precision: bfloat16 logits tie.
+    precision 'bf16' gathers blocks in bfloat16 and sends their gradients so, as they are, which halves the bytes; each process
+    keeps its part in float32, gradients add up in float32, and so does the residual stream.  Embedding and head stay whole
+    in precision: bfloat16 logits tie.  again: a block's weights go after its use and are gathered again on the way back.
     """
     if size() == 1:
         return model
@@ -80,9 +91,43 @@ def shard(model: nn.Module, precision: str = "fp32") -> nn.Module:
     policy = MixedPrecisionPolicy(lower, torch.float32 if lower else None, cast_forward_inputs=False)
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (size(),))
     for block in blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        sharded: Any = fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+        if lower:
+            sharded.set_custom_reduce_scatter(_Lower(lower))
     fully_shard(model, mesh=mesh)
     return model
+
+
+def scatter(model: nn.Module) -> None:
+    """Drop what was gathered for a look at the model: an optimiser moves each process's own part alone."""
+    if size() > 1:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+@dataclass(frozen=True)
+class _Lower:
+    """Sums of gradients that come in `kind`: they travel in it, and add up in the precision in which they are wanted.
+
+    Changes no number where the gradients are of that kind already, as those of weights that were gathered in it.
+    """
+
+    kind: torch.dtype
+
+    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op: bool = False) -> None:
+        """FSDP2's call: each process's part of the sum over them, or of their mean where op says so, in output_tensor."""
+        sent = input_tensor.to(self.kind)
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent, group=group)
+        torch.sum(got.view(group.size(), -1), 0, dtype=output_tensor.dtype, out=output_tensor)
+        if op == dist.ReduceOp.AVG:
+            output_tensor /= group.size()
 
 
 def like(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

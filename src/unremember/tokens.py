@@ -9,6 +9,7 @@ there, so pad = eos can hide nothing.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -190,15 +191,15 @@ def joined(group: Sequence[Tokens]) -> Tokens:
     )
 
 
-def fitting(micros: Sequence[Tokens], budget: int) -> list[list[Tokens]]:
-    """Neighbours that fit into one pass of at most `budget` places, in their order."""
-    groups: list[list[Tokens]] = []
-    for t in micros:
-        last = [*groups[-1], t] if groups else []
-        if last and sum(len(x.ids) for x in last) * max(x.ids.shape[1] for x in last) <= budget:
+def fitting(shapes: Sequence[tuple[int, ...]], budget: int) -> list[list[int]]:
+    """Which neighbours fit into one pass of at most `budget` places, in their order. shapes: lanes and width of each."""
+    groups: list[list[int]] = []
+    for at, _ in enumerate(shapes):
+        last = [*groups[-1], at] if groups else []
+        if last and sum(shapes[i][0] for i in last) * max(shapes[i][1] for i in last) <= budget:
             groups[-1] = last
         else:
-            groups.append([t])
+            groups.append([at])
     return groups
 
 
@@ -247,6 +248,23 @@ def lanes(rows: Sequence[Row], width: int) -> list[list[Row]]:
             used = len(row.ids)
         last = row.ids
     return groups
+
+
+def shares(rows: Sequence[Row], count: int) -> list[list[Row]]:
+    """Split rows, neighbours in the trie together, into `count` shares of about as many places; some may be empty."""
+    rows = sorted(rows, key=lambda r: (r.ids, r.key))
+    paths = [row.ids[:-1] for row in rows]  # the last token needs no place
+    new = [len(path) - _shared(last, path) for last, path in zip([(), *paths], paths, strict=False)]
+    found: list[list[Row]] = [[] for _ in range(count)]
+    for row, end, size in zip(rows, accumulate(new), new, strict=True):
+        found[min(count - 1, (2 * end - size) * count // (2 * sum(new)))].append(row)  # where its middle lies
+    return found
+
+
+def narrowed(rows: Sequence[Row], width: int = 256) -> int:
+    """The least width that makes no more lanes than `width` does: a few rows then leave no lane half empty."""
+    most = len(lanes(rows, width))
+    return 1 + bisect_left(range(1, width), True, key=lambda each: len(lanes(rows, each)) <= most)
 
 
 def packs(rows: Sequence[Row], budget: int, width: int = 256) -> list[list[list[Row]]]:

@@ -29,7 +29,7 @@ from unremember.errors import BadModel, Diverged
 from unremember.lm import LM
 from unremember.recompute import recomputed
 from unremember.sites import EVERYWHERE, Sites
-from unremember.tokens import Row, Tokens, count, fitting, pack, packs
+from unremember.tokens import Row, Tokens, count, fitting, narrowed, pack, packs, shares
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Part = Literal[
@@ -112,10 +112,13 @@ def batch(pools: Mapping[str, Sequence[Row]], plan: Plan, step: int, budget: int
         width = lead if role == first else min(plan.beside or lead, len(pool))
         rows = [pool[i] for i in order(len(pool), width, plan.seed, step, role)]
         totals = len(rows), count(rows)
-        shares = [packs(rows[r :: team.size()], budget) for r in range(team.size())]
-        mine, most = shares[team.rank()], max(map(len, shares))
+        if team.size() == 1:
+            each = [packs(rows, budget)]
+        else:  # a share is small: half an empty lane in one of them and all wait
+            each = [packs(part, budget, narrowed(part)) for part in shares(rows, team.size())]
+        mine, most = each[team.rank()], max(map(len, each))
         micros += [pack(group, role, totals) for group in mine]
-        spare = pack((mine or shares[0])[0], role, totals).silent()
+        spare = pack((mine or next(filter(None, each)))[0], role, totals).silent()
         micros += [spare] * (most - len(mine))
     return micros
 
@@ -145,7 +148,7 @@ def train(
     moving = sites.moving(lm.model)
     source, lm = lm, lm.copy(None if team.size() > 1 else moving)
     kept = sites.open(lm.model)
-    lm = replace(lm, model=team.shard(lm.model, lm.precision))
+    lm = replace(lm, model=team.shard(lm.model, lm.precision, again=bench.recompute))
     weights = [w for w in lm.model.parameters() if w.requires_grad]
     optimiser: torch.optim.Optimizer = (
         torch.optim.SGD(weights, lr=plan.lr, weight_decay=plan.weight_decay)
@@ -171,6 +174,7 @@ def train(
         norm = clipped(weights, plan.clip)
         if not np.isfinite([norm, *sums.values()]).all():
             raise Diverged(step + 1, sums | {"gradient norm": norm})
+        team.scatter(lm.model)
         optimiser.step()
         optimiser.zero_grad()
         sites.hold(lm.model, kept)
@@ -218,13 +222,15 @@ def train(
 def backward(lm: LM, objective: Objective, micros: Sequence[Tokens], budget: int) -> dict[str, float]:
     """Add the gradients of a step's terms to what the weights have; returns the terms.
 
-    Micro-batches share a pass where they fit into one of `budget` places: but not between sharded processes, which must make
-    equally many, nor for an objective that makes its own.
+    Micro-batches share a pass where they fit into one of `budget` places, in every process; but not for an objective that makes
+    its own.
     """
-    alone = team.size() > 1 or getattr(objective, "alone", False)
+    shapes = team.most([tuple(tokens.ids.shape) for tokens in micros])
+    alone = getattr(objective, "alone", False)
     sums: dict[str, float] = {}
     with lm.casts():
-        for group in [[tokens] for tokens in micros] if alone else fitting(micros, budget):
+        for places in [[at] for at in range(len(micros))] if alone else fitting(shapes, budget):
+            group = [micros[at] for at in places]
             shared, losses = lm.together(group), []
             for tokens in group:
                 for name, value in objective(shared, tokens).items():
