@@ -97,7 +97,7 @@ class Settings:
     shares with it what does not move, on one GPU: with 0 the original of what does is still there.
     cached: autocast's bf16 copies of all matrices are there at once; else those of one block, cast at every pass.
     policy: sharded blocks are gathered in bf16 (FSDP2's MixedPrecisionPolicy) and not in float32; the root never is.
-    checkpointed: a block keeps its input alone and is computed again on the way back.
+    checkpointed: a block keeps its input alone and is computed again on the way back; sharded, it is gathered again, too.
     micro: places in one pass of one GPU.  step: places a step, all GPUs.  lane: places that attend to one another.
     scored: share of places whose logits are wanted.  score: bytes kept an attention score, 0 in a fused kernel.
     """
@@ -219,9 +219,9 @@ def held(shape: Shape, s: Settings) -> int:
 
 
 def gathered(shape: Shape, machine: Machine, s: Settings) -> int:
-    """Bytes of weights and gradients that are whole for a moment: two blocks (at work, and on its way) and the root.
+    """Bytes of weights and gradients that are whole for a moment: all blocks, with checkpointing two (at work, and on its way).
 
-    The root (embedding, last norm, head) is gathered once a pass and stays, whatever moves.
+    Gradients are those of two blocks.  The root (embedding, last norm, head) is gathered once a pass and stays, whatever moves.
     """
     if machine.count == 1:
         return 0
@@ -229,7 +229,8 @@ def gathered(shape: Shape, machine: Machine, s: Settings) -> int:
     body = 2 if s.moves != "all" and s.frozen == 2 else width
     ends = total(shape) - shape.layers * shape.block
     moves = {"all": 2 * shape.block + ends, "lora": 2 * moving(shape, s) // shape.layers, "down": moving(shape, s)}
-    return 2 * shape.block * body + ends * s.weight + moves[s.moves] * s.weight
+    blocks = min(2, passed(shape, s)) if s.checkpointed else passed(shape, s)
+    return blocks * shape.block * body + ends * s.weight + moves[s.moves] * s.weight
 
 
 def memory(shape: Shape, machine: Machine, s: Settings) -> dict[str, float]:
@@ -308,16 +309,18 @@ def moved(shape: Shape, machine: Machine, s: Settings) -> float:
 
 
 def communicated(shape: Shape, machine: Machine, s: Settings) -> float:
-    """Bytes a step that each GPU receives under FSDP2, at every pass: all-gather forward and backward, reduce-scatter.
+    """Bytes a step that each GPU receives under FSDP2, at every pass: all-gather, with checkpointing backward too, reduce-scatter.
 
-    The root is gathered once.  Of a whole that n GPUs share, (n − 1) / n comes from elsewhere.
+    The root is gathered once.  Gradients travel as wide as their weights were gathered.  Of a whole that n GPUs share, (n − 1) / n comes from elsewhere.
     """
     n, moves = machine.count, moving(shape, s)
     width = 2 if s.policy or s.weight == 2 else 4
     body = 2 if s.moves != "all" and s.frozen == 2 else width
     ends = total(shape) - shape.layers * shape.block
-    blocks = passed(shape, s) + learning(shape, s)
-    return (n - 1) / n * micros(machine, s) * (blocks * shape.block * body + ends * s.weight + moves * s.weight)
+    blocks = passed(shape, s) + (learning(shape, s) if s.checkpointed else 0)
+    root = ends if s.moves == "all" else 0
+    back = (moves - root) * width + root * s.weight
+    return (n - 1) / n * micros(machine, s) * (blocks * shape.block * body + ends * s.weight + back)
 
 
 def seconds(shape: Shape, machine: Machine, s: Settings) -> dict[str, float]:
@@ -370,7 +373,7 @@ ONE = [  # 7B on one GPU
     *ladder(Settings("**NPO, LoRA of rank 16**, as it is", "lora", beside=0), FROZEN, CHECKPOINT),
     *ladder(Settings("**RMU**, as it is", "down", beside=0), FROZEN),
 ]
-WIDE = 2 * 8 * 2048  # places a step on eight GPUs: one pass of each role, for sharded passes are not shared
+WIDE = 2 * 8 * 2048  # places a step on eight GPUs: two full passes on each
 EIGHT_GPUS = [  # 70B on eight GPUs, where `train` copies the whole model before it shards it: the original stays whole
     *ladder(Settings("**NPO, all weights, AdamW**, as it is", step=WIDE), PIECES, CHECKPOINT, BF16, EIGHT),
     *ladder(
@@ -383,10 +386,9 @@ EIGHT_GPUS = [  # 70B on eight GPUs, where `train` copies the whole model before
         Settings("**NPO, LoRA of rank 16**, as it is", "lora", step=WIDE),
         PIECES,
         FROZEN,
-        ("512 places a pass", {"micro": 512}),
-        ("2,048 again, activation checkpointing", {"micro": 2048, "checkpointed": True}),
+        CHECKPOINT,
     ),
-    *ladder(Settings("**RMU**, as it is", "down", step=WIDE), PIECES, FROZEN),
+    *ladder(Settings("**RMU**, as it is", "down", step=WIDE), PIECES, CHECKPOINT, FROZEN),
 ]
 
 

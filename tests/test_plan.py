@@ -118,6 +118,10 @@ def test_memory_of_two_by_hand():
     assert two["copies"] == 2 * 80  # of the head alone, which is not gathered in bf16
     assert two["gathered"] == 2 * 2 * 576 + 4 * 200 + 4 * (2 * 576 + 200)  # blocks, root, gradients
     whole = memory(TINY, PAIR, replace(AS_IT_IS, policy=False))
+    assert memory(TINY, PAIR, replace(DOWN, policy=True))["gathered"] == 2 * 576 + 4 * 200 + 4 * 128  # one block of two
+    deep = replace(TINY, layers=5)
+    less, more = (memory(deep, PAIR, replace(AS_IT_IS, checkpointed=x))["gathered"] for x in (True, False))
+    assert more - less == 3 * 2 * 576
     assert whole["copies"] == alone["copies"] and whole["gathered"] == 2 * 4 * (2 * 576 + 200)
 
 
@@ -149,16 +153,17 @@ def test_bytes_moved_by_hand():
 
 def test_communication_by_hand():
     assert communicated(TINY, ALONE, AS_IT_IS) == 0
-    one_pass = 4 * 576 * 2 + 200 * 4 + 1352 * 4  # blocks twice, in bf16, the root once, the gradients
+    one_pass = 2 * 576 * 2 + 200 * 4 + 1152 * 2 + 200 * 4  # blocks in bf16, the root, the gradients of both
     assert communicated(TINY, PAIR, AS_IT_IS) == one_pass / 2
+    assert communicated(TINY, PAIR, replace(AS_IT_IS, checkpointed=True)) == (one_pass + 2 * 576 * 2) / 2
     assert communicated(TINY, PAIR, replace(AS_IT_IS, micro=1)) == 4 * one_pass / 2
-    assert communicated(TINY, PAIR, LORA) == (4 * 576 * 2 + 200 * 4 + 512 * 4) / 2
-    assert communicated(TINY, PAIR, replace(LORA, policy=False)) == (4 * 576 * 4 + 200 * 4 + 512 * 4) / 2
+    assert communicated(TINY, PAIR, LORA) == (2 * 576 * 2 + 200 * 4 + 512 * 2) / 2
+    assert communicated(TINY, PAIR, replace(LORA, policy=False)) == (2 * 576 * 4 + 200 * 4 + 512 * 4) / 2
 
 
 def test_seconds_by_hand():
     found = seconds(TINY, PAIR, AS_IT_IS)
-    terms = operations(TINY, PAIR, AS_IT_IS) / 500, moved(TINY, PAIR, AS_IT_IS) / 50, 5408 / 5
+    terms = operations(TINY, PAIR, AS_IT_IS) / 500, moved(TINY, PAIR, AS_IT_IS) / 50, 3104 / 5
     assert tuple(found[k] for k in ("products", "streams", "links")) == pytest.approx(terms)
     assert found["step"] == pytest.approx(sum(terms)) and found["hidden"] == pytest.approx(
         max(sum(terms[:2]), terms[2])
