@@ -450,6 +450,34 @@ def test_a_log_tells_the_whole_run(tiny, pools, tmp_path):
     assert all(line["stage"] == "teach" and line["norm"] > 0 and line["tokens"] > 0 for line in lines)
 
 
+class Small:
+    """The objective on a machine that holds so many places and no more; fails half-way through a step."""
+
+    def __init__(self, room: int):
+        self.room, self.made = room, 0
+
+    def __call__(self, lm, tokens):
+        places = max(t.ids.numel() for t in lm.joint.micros) if lm.joint else tokens.ids.numel()
+        self.made += 1
+        if places > self.room and self.made > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return objective(lm, tokens)
+
+
+def test_passes_that_are_too_long_for_the_machine_are_made_shorter(tiny, pools, trained, tmp_path):
+    """What the failed pass left behind is gone: the weights are those of shorter passes from the start."""
+    log = tmp_path / "train.jsonl"
+    found = train(tiny, Small(64), pools, PLAN, bench=Bench(log=log, budget=256))
+    used = [json.loads(line)["places"] for line in log.read_text().splitlines()]
+    assert used == [64] * 6
+    assert same(found, train(tiny, objective, pools, PLAN, bench=Bench(budget=64)))
+
+
+def test_a_machine_that_holds_not_even_a_short_pass_says_so(tiny, pools):
+    with pytest.raises(torch.OutOfMemoryError):
+        train(tiny, Small(0), pools, PLAN)
+
+
 def test_a_checkpoint_holds_what_moves(tiny, pools, trained, tmp_path):
     """The frozen base of a large model would be most of it, once a minute; and it is the argument's, not to be written to."""
     sites = Sites.named(tiny.model, ["*layers.1.mlp.down_proj*"])

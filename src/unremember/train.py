@@ -32,6 +32,7 @@ from unremember.sites import EVERYWHERE, Sites
 from unremember.tokens import Row, Tokens, count, fitting, narrowed, pack, packs, shares
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+LEAST = 64  # places of a pass that are still worth trying
 Part = Literal[
     "answer", "span"
 ]  # which tokens of a forget row a method works on: all of its answer, or the sensitive ones
@@ -138,6 +139,7 @@ def train(
 
     With bench.folder, a checkpoint is kept there while training goes on, and a killed run continues from it with the
     same weights that an uninterrupted one would have (bit for bit in fp32 on one process).
+    Where a GPU is too small for a pass of bench.budget places, passes become half as long, until they fit, down to LEAST.
     Raises Diverged where a loss or a gradient is not finite, BadModel for one in training mode; the argument is never touched.
     """
     if lm.model.training:
@@ -159,17 +161,25 @@ def train(
     if bench.log and team.rank() == 0:
         rewind(bench.log, stage, first)
     before, after = (getattr(objective, name, _idle) for name in ("before", "after"))
-    saved, took = time.monotonic(), 0.0
+    saved, took, places = time.monotonic(), 0.0, bench.budget
     stopped = stop is not None and _looks(stop, first) and stop(lm, first)
     for step in range(first, plan.steps):
         if stopped:
             break
         for group in optimiser.param_groups:
             group["lr"] = plan.rate(step)
-        micros = [tokens.to(lm.device) for tokens in batch(pools, plan, step, bench.budget)]
-        before(lm, micros, step + 1)
-        with recomputed(lm.model, bench.recompute):
-            sums = team.total(backward(lm, objective, micros, bench.budget))
+        micros, sums = None, None
+        while sums is None:
+            micros = [tokens.to(lm.device) for tokens in batch(pools, plan, step, places)]
+            before(lm, micros, step + 1)
+            try:
+                with recomputed(lm.model, bench.recompute):
+                    sums = team.total(backward(lm, objective, micros, places))
+            except torch.OutOfMemoryError:
+                if places < 2 * LEAST or team.size() > 1:  # the others would wait
+                    raise
+                micros, places = None, places // 2
+                optimiser.zero_grad()
         after(lm, micros)
         norm = clipped(weights, plan.clip)
         if not np.isfinite([norm, *sums.values()]).all():
@@ -187,6 +197,7 @@ def train(
                 "terms": sums,
                 "norm": norm,
                 "lr": plan.rate(step),
+                "places": places,
                 "tokens": sum({t.role: t.step_tokens["train"] for t in micros}.values()),
             }
             look = {"look": stop.looks[-1], "stopped": stopped} if stop is not None and _looks(stop, done) else {}
