@@ -168,7 +168,8 @@ def train(
             break
         for group in optimiser.param_groups:
             group["lr"] = plan.rate(step)
-        micros, sums = None, None
+        micros: list[Tokens] = []
+        sums = None
         while sums is None:
             micros = [tokens.to(lm.device) for tokens in batch(pools, plan, step, places)]
             before(lm, micros, step + 1)
@@ -178,7 +179,7 @@ def train(
             except torch.OutOfMemoryError:
                 if places < 2 * LEAST or team.size() > 1:  # the others would wait
                     raise
-                micros, places = None, places // 2
+                micros, places = [], places // 2
                 optimiser.zero_grad()
         after(lm, micros)
         norm = clipped(weights, plan.clip)
