@@ -309,7 +309,7 @@ def moved(shape: Shape, machine: Machine, s: Settings) -> float:
 
 
 def communicated(shape: Shape, machine: Machine, s: Settings) -> float:
-    """Bytes a step that each GPU receives under FSDP2, at every pass: all-gather (with checkpointing also on the way back), reduce-scatter.
+    """Bytes a step that each GPU receives under FSDP2, at every pass: all-gather (checkpointed: twice) and reduce-scatter.
 
     The root is gathered once.  Gradients travel as wide as their weights were gathered.  Of a whole that n GPUs share,
     (n − 1) / n comes from elsewhere.
