@@ -4,7 +4,7 @@ For each seed other people are made up and an original and its never-taught cont
 embedded/liars.py is then judged like any other model, unattacked and under the demo's attacks or those that are named.
 Printed: what was said, case by attack, and the rates of error with n and Wilson's 95 % interval over cases; a second opinion on
 every case, which the verdict does not know: told half of the forgotten facts, the share of the other half that comes back
-(0 = never taught, 1 = the original).
+(0 = never taught, 1 = the original).  A case that was heard is kept beside the result, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,29 @@ from unremember.meta import Case, Court, Told, markdown, plain
 DEMOS = {"smollm2-135m": "smollm2", "tiny": "tiny"}
 
 
+class Heard:
+    """What was said of cases by an earlier call with the same model and attacks, one JSON line a case."""
+
+    def __init__(self, place: Path, about: dict):
+        self.place, self.about = place, about
+        lines = place.read_text(encoding="utf-8").splitlines() if place.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        self.rows = {(row["seed"], row["told"]["case"]["name"]): row for row in rows if row["about"] == about}
+
+    def get(self, seed: int, name: str) -> tuple[Told, float | None] | None:
+        """The case as it was heard, with its second opinion."""
+        if (row := self.rows.get((seed, name))) is None:
+            return None
+        return Told(**row["told"] | {"case": Case(**row["told"]["case"])}), row["back"]
+
+    def add(self, seed: int, told: Told, back: float | None) -> None:
+        row = {"about": self.about, "seed": seed, "told": asdict(told), "back": back}
+        with self.place.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 def trial(
-    model: str, seed: int, folder: Path, names: Sequence[str], only: str, opinion: bool
+    model: str, seed: int, folder: Path, names: Sequence[str], only: str, opinion: bool, heard: Heard
 ) -> tuple[list[Told], dict[str, float]]:
     """What is said of every case of one seed under the named attacks, and the second opinion on each."""
     p, bench = PRESETS[DEMOS[model]], Bench()
@@ -57,15 +79,21 @@ def trial(
     court = Court(original, never, corpus, attacks)
     school = School(base.lm, p.teach, corpus, p.wordings, bench)
     recipe, found, back = RECIPES[model], [], {}
-    ends = [taught_back(lm, corpus, recipe.back, bench) for lm in (never, original)] if opinion else []
+    ends: list[float] = []
     for name, truth, make in liars(school, original, recipe, seed):
         if only and only not in name:
+            continue
+        if before := heard.get(seed, name):
+            found.append(before[0])
+            back |= {name: before[1]} if before[1] is not None else {}
             continue
         began, lm = time.monotonic(), make()
         made = time.monotonic()
         found.append(court.hear(Case(name, truth), lm, folder / f"seed-{seed}", bench))
         if opinion:
+            ends = ends or [taught_back(lm, corpus, recipe.back, bench) for lm in (never, original)]
             back[name] = (taught_back(lm, corpus, recipe.back, bench) - ends[0]) / max(ends[1] - ends[0], 0.2)
+        heard.add(seed, found[-1], back.get(name))
         words = ", ".join(f"{attack}: {word}" for attack, word in found[-1].words.items())
         print(
             f"  seed {seed}, {name} ({truth}): {words}  [{made - began:.0f} + {time.monotonic() - made:.0f} s]",
@@ -89,10 +117,14 @@ def main() -> None:
     if strange := [name for name in names if name not in ATTACKS]:
         parser.error(f"--attacks {', '.join(strange)}: unknown; allowed are {', '.join((*SUITES, *ATTACKS))}")
     keep_memory()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    heard = Heard(
+        args.out.with_suffix(".jsonl"), {"model": args.model, "attacks": list(names), "opinion": not args.no_opinion}
+    )
     began, found, opinions = time.monotonic(), [], []
     for seed in range(args.seeds):
         with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as name:
-            told, back = trial(args.model, seed, Path(name), names, args.only, not args.no_opinion)
+            told, back = trial(args.model, seed, Path(name), names, args.only, not args.no_opinion, heard)
         found += told
         opinions.append(back)
     if not found:
@@ -114,7 +146,6 @@ def main() -> None:
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"\n{args.model}, {args.seeds} seeds, {machine}, {seconds:.0f} s")
     about = {"model": args.model, "seeds": args.seeds, "machine": machine, "seconds": seconds}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, about | json.loads(json.dumps(plain(found))) | {"comes back": opinions})
     print(args.out)
 
