@@ -219,18 +219,23 @@ def held(shape: Shape, s: Settings) -> int:
 
 
 def gathered(shape: Shape, machine: Machine, s: Settings) -> int:
-    """Bytes of weights and gradients that are whole for a moment: all blocks, with checkpointing two (at work, and on its way).
+    """Bytes of weights and gradients that are whole for a moment.
 
-    Gradients are those of two blocks.  The root (embedding, last norm, head) is gathered once a pass and stays, whatever moves.
+    Weights: blocks from the lowest that moves, with checkpointing two (at work, and on its way), and the root (embedding, last
+    norm, head), which is gathered once a pass and stays.  Gradients: those of a block in float32 to be added up, as they are sent
+    and as they come, and those of the next, or of two blocks where they are sent as they are; and of the root, where it moves.
     """
     if machine.count == 1:
         return 0
     width = 2 if s.policy or s.weight == 2 else 4
     body = 2 if s.moves != "all" and s.frozen == 2 else width
     ends = total(shape) - shape.layers * shape.block
-    moves = {"all": 2 * shape.block + ends, "lora": 2 * moving(shape, s) // shape.layers, "down": moving(shape, s)}
-    blocks = min(2, passed(shape, s)) if s.checkpointed else passed(shape, s)
-    return blocks * shape.block * body + ends * s.weight + moves[s.moves] * s.weight
+    block = {"all": shape.block, "lora": moving(shape, s) // shape.layers, "down": shape.hidden * shape.inner}[s.moves]
+    gradients = block * (10 if s.policy and s.weight == 4 else 2 * s.weight) + (
+        ends * s.weight if s.moves == "all" else 0
+    )
+    blocks = 2 if s.checkpointed else max(2, learning(shape, s))
+    return min(blocks, passed(shape, s)) * shape.block * body + ends * s.weight + gradients
 
 
 def memory(shape: Shape, machine: Machine, s: Settings) -> dict[str, float]:
@@ -389,7 +394,7 @@ EIGHT_GPUS = [  # 70B on eight GPUs, where `train` copies the whole model before
         FROZEN,
         CHECKPOINT,
     ),
-    *ladder(Settings("**RMU**, as it is", "down", step=WIDE), PIECES, CHECKPOINT, FROZEN),
+    *ladder(Settings("**RMU**, as it is", "down", step=WIDE), PIECES, FROZEN),
 ]
 
 

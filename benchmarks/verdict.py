@@ -15,7 +15,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,22 +31,32 @@ from unremember.embedded.dossier import dossier, lessons
 from unremember.embedded.liars import RECIPES, School, liars, taught_back
 from unremember.embedded.prose import prose
 from unremember.embedded.world import replay
-from unremember.folder import write_json
+from unremember.folder import fingerprint, write_json
 from unremember.lm import auto_precision, load
 from unremember.machine import keep_memory
 from unremember.meta import Case, Court, Told, markdown, plain
+from unremember.score import RULE
 
 DEMOS = {"smollm2-135m": "smollm2", "tiny": "tiny"}
 
 
 class Heard:
-    """What was said of cases by an earlier call with the same model and attacks, one JSON line a case."""
+    """What was said of cases by an earlier call with the same settings, one JSON line a case."""
 
     def __init__(self, place: Path, about: dict):
         self.place, self.about = place, about
-        lines = place.read_text(encoding="utf-8").splitlines() if place.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-        self.rows = {(row["seed"], row["told"]["case"]["name"]): row for row in rows if row["about"] == about}
+        self.rows = {}
+        for line in place.read_text(encoding="utf-8").splitlines() if place.exists() else []:
+            with suppress(json.JSONDecodeError):  # one that a kill cut short
+                row = json.loads(line)
+                if row["about"] == about:
+                    self.rows[row["seed"], row["told"]["case"]["name"]] = row
+        place.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()), encoding="utf-8")
+
+    @property
+    def seconds(self) -> float:
+        """Of all cases that were heard, by whichever call."""
+        return sum(row["seconds"] for row in self.rows.values())
 
     def get(self, seed: int, name: str) -> tuple[Told, float | None] | None:
         """The case as it was heard, with its second opinion."""
@@ -54,8 +64,9 @@ class Heard:
             return None
         return Told(**row["told"] | {"case": Case(**row["told"]["case"])}), row["back"]
 
-    def add(self, seed: int, told: Told, back: float | None) -> None:
-        row = {"about": self.about, "seed": seed, "told": asdict(told), "back": back}
+    def add(self, seed: int, told: Told, back: float | None, seconds: float) -> None:
+        row = {"about": self.about, "seed": seed, "told": asdict(told), "back": back, "seconds": seconds}
+        self.rows[seed, told.case.name] = row
         with self.place.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -93,7 +104,7 @@ def trial(
         if opinion:
             ends = ends or [taught_back(lm, corpus, recipe.back, bench) for lm in (never, original)]
             back[name] = (taught_back(lm, corpus, recipe.back, bench) - ends[0]) / max(ends[1] - ends[0], 0.2)
-        heard.add(seed, found[-1], back.get(name))
+        heard.add(seed, found[-1], back.get(name), time.monotonic() - began)
         words = ", ".join(f"{attack}: {word}" for attack, word in found[-1].words.items())
         print(
             f"  seed {seed}, {name} ({truth}): {words}  [{made - began:.0f} + {time.monotonic() - made:.0f} s]",
@@ -118,10 +129,10 @@ def main() -> None:
         parser.error(f"--attacks {', '.join(strange)}: unknown; allowed are {', '.join((*SUITES, *ATTACKS))}")
     keep_memory()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    heard = Heard(
-        args.out.with_suffix(".jsonl"), {"model": args.model, "attacks": list(names), "opinion": not args.no_opinion}
-    )
-    began, found, opinions = time.monotonic(), [], []
+    settings = [RECIPES[args.model], PRESETS[DEMOS[args.model]], {name: SETTINGS[name] for name in names}, RULE]
+    made = fingerprint(*map(repr, settings), auto_precision(), not args.no_opinion)
+    heard = Heard(args.out.with_suffix(".heard.jsonl"), {"model": args.model, "fingerprint": made})
+    found, opinions = [], []
     for seed in range(args.seeds):
         with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as name:
             told, back = trial(args.model, seed, Path(name), names, args.only, not args.no_opinion, heard)
@@ -129,7 +140,6 @@ def main() -> None:
         opinions.append(back)
     if not found:
         parser.error(f"--only {args.only!r} names no case")
-    seconds = time.monotonic() - began
     print("\n" + markdown(found))
     if not args.no_opinion:
         print("\n| case | comes back when half is told, mean | least | most |\n|---|---:|---:|---:|")
@@ -144,9 +154,10 @@ def main() -> None:
                 gate = f" [gate: {', '.join(x.failed[attack])}]" if x.failed[attack] else ""
                 print(f"- {x.case.name} ({x.case.truth}), {attack}: {word}: {x.reasons[attack]}{gate}")
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"\n{args.model}, {args.seeds} seeds, {machine}, {seconds:.0f} s")
-    about = {"model": args.model, "seeds": args.seeds, "machine": machine, "seconds": seconds}
+    print(f"\n{args.model}, {args.seeds} seeds, {machine}, {heard.seconds:.0f} s")
+    about = {"model": args.model, "seeds": args.seeds, "machine": machine, "seconds": heard.seconds}
     write_json(args.out, about | json.loads(json.dumps(plain(found))) | {"comes back": opinions})
+    heard.place.unlink()
     print(args.out)
 
 

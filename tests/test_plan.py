@@ -116,12 +116,16 @@ def test_memory_of_two_by_hand():
     for name in ("beside", "activations", "logits"):
         assert two[name] == alone[name]
     assert two["copies"] == 2 * 80  # of the head alone, which is not gathered in bf16
-    assert two["gathered"] == 2 * 2 * 576 + 4 * 200 + 4 * (2 * 576 + 200)  # blocks, root, gradients
+    assert two["gathered"] == 2 * 2 * 576 + 4 * 200 + 10 * 576 + 4 * 200  # blocks, root, gradients of both
     whole = memory(TINY, PAIR, replace(AS_IT_IS, policy=False))
-    assert memory(TINY, PAIR, replace(DOWN, policy=True))["gathered"] == 2 * 576 + 4 * 200 + 4 * 128  # one block of two
+    assert (
+        memory(TINY, PAIR, replace(DOWN, policy=True))["gathered"] == 2 * 576 + 4 * 200 + 10 * 128
+    )  # one block of two
     deep = replace(TINY, layers=5)
     less, more = (memory(deep, PAIR, replace(AS_IT_IS, checkpointed=x))["gathered"] for x in (True, False))
     assert more - less == 3 * 2 * 576
+    lower = replace(deep, layers=20)  # RMU looks at block 6 and moves three
+    assert memory(lower, PAIR, DOWN)["gathered"] == 3 * 2 * 576 + 4 * 488 + 10 * 128
     assert whole["copies"] == alone["copies"] and whole["gathered"] == 2 * 4 * (2 * 576 + 200)
 
 

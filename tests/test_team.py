@@ -16,12 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 from unremember import team
 from unremember.bench import Bench
 from unremember.forget.npo import NPO
 from unremember.lm import LM, load
-from unremember.sites import Sites
+from unremember.sites import EVERYWHERE, Sites
 from unremember.stop import Stopper
 from unremember.table import read
 from unremember.tokens import packs
@@ -60,6 +61,36 @@ class Watched:
         for handle in handles:
             handle.remove()
         return terms
+
+
+class Counted:
+    """The objective, with what its step does: passes, gradients sent, and what stays whole behind a pass."""
+
+    def __init__(self):
+        self.passes, self.sent, self.whole = 0, 0, []
+
+    def __call__(self, lm, tokens):
+        if not self.whole:
+            lm.model.register_forward_hook(self.count)
+        terms = objective(lm, tokens)
+        self.whole.append([not isinstance(x.mlp.down_proj.weight, DTensor) for x in team.blocks(lm.model)])
+        return terms
+
+    def count(self, *_):
+        self.passes += 1
+
+    def step(self, lm, rows, recompute=False, sites=EVERYWHERE):
+        """-> passes, gradients sent, and of each block whether it is whole behind the first pass."""
+        send = team.dist.all_to_all_single
+
+        def counted(*given, **named):
+            self.sent += 1
+            return send(*given, **named)
+
+        team.dist.all_to_all_single = counted
+        train(lm, self, rows, replace(PLAN, steps=1), sites=sites, bench=Bench(recompute=recompute))
+        team.dist.all_to_all_single = send
+        return self.passes, self.sent, self.whole[0]
 
 
 class Curious:
@@ -121,7 +152,9 @@ def child(model: str, out: Path) -> None:
     team.join()
     lm, corpus = load(model, precision="fp32"), people()
     rows = pools(lm, corpus)
-    bench = Bench(budget=40, log=out / "train.jsonl")  # about a row a time: three for one process, two for the other
+    bench = Bench(
+        budget=40, log=out / "train.jsonl"
+    )  # about a row a time: not as many for both processes in every step
     results = {"plain": train(lm, objective, rows, PLAN, bench=bench)}
     results["masked"] = train(lm, objective, rows, replace(PLAN, weight_decay=0.1), sites=sites(lm))
     plan = Plan(steps=2, lr=1e-3, stop="probability")
@@ -138,6 +171,11 @@ def child(model: str, out: Path) -> None:
         "total": team.total({"a": 1.0 + team.rank()}),
         "most": team.most([(1, 5 - team.rank()), (2 + team.rank(), 1)]),
         "apart": apart(),
+        "step": Counted().step(replace(lm, precision="bf16"), rows),
+        "recomputed": Counted().step(replace(lm, precision="bf16"), rows, recompute=True),
+        "upper": Counted().step(
+            replace(lm, precision="bf16"), rows, sites=Sites.named(lm.model, ["*layers.1.mlp.down_proj*"])
+        ),
         "gathered": watched.dtypes,
     }
     (out / f"rank{team.rank()}.json").write_text(json.dumps(said))
@@ -236,6 +274,14 @@ def test_blocks_are_gathered_in_half_the_bytes(taught, out):
     start = numbers(taught)
     way = {name: ((found[name] - w).norm() / (w - start[name]).norm()).item() for name, w in expected.items()}
     assert max(way.values()) < 0.2, way  # measured: 0.006 to 0.078
+
+
+def test_a_step_gathers_and_sends_no_more_than_it_must(out):
+    """Two roles in one pass; a block's gradients once, in bf16; blocks stay whole for the way back where there is one."""
+    found = json.loads((out / "rank0.json").read_text())
+    assert found["step"] == [1, 2, [True, True]]
+    assert found["recomputed"] == [1, 2, [False, False]]
+    assert found["upper"] == [1, 1, [False, True]]
 
 
 def test_gradients_that_are_bf16_add_up_exactly_though_they_travel_so(out):

@@ -225,16 +225,23 @@ def test_the_narrowest_width_makes_as_many_lanes(rows, width):
 
 
 @given(some_rows(), st.integers(1, 4))
-def test_shares_partition_the_rows_and_are_alike(rows, count):
-    """No share has more places than its part and the half of a row at either end."""
+def test_shares_partition_the_rows(rows, count):
+    """No share has more places than its part, half a row at either end, and what its first row shared with another."""
     found = shares(rows, count)
     assert len(found) == count and [row for share in found for row in share] == sorted(
         rows, key=lambda row: (row.ids, row.key)
     )
-    whole, longest = pack([rows]).ids.shape[1], max(len(row.ids) for row in rows)
+    whole, longest = pack([rows]).ids.shape[1], max(len(row.ids) - 1 for row in rows)
     for share in filter(None, found):
-        shared = max(len(row.ids) for row in share)  # what the first one cannot share with the row before it
-        assert pack([share]).ids.shape[1] <= (whole + len(rows)) / count + longest + shared
+        assert pack([share]).ids.shape[1] <= whole / count + longest + len(share[0].ids) - 1
+
+
+def test_shares_are_alike_in_places_and_not_in_rows():
+    long = Row("long", (0, *range(1000, 1060), 0), 1, 61, (True,) * 60)
+    short = [Row(str(i), (9, 100 + i, 200 + i, 300 + i, 0), 1, 4, (True,) * 3) for i in range(20)]
+    assert shares([*short, long], 2) == [[long], short]
+    assert shares([long, *short], 1) == [[long, *short]]
+    assert shares([long], 3) == [[], [long], []]
 
 
 @given(some_rows(), st.integers(1, 200), st.integers(1, 60))

@@ -38,4 +38,5 @@ class Bench:
     levels: dict[str, dict[str, float]] | None = None
 
 
+LEAST = 64  # places of a pass that are still worth trying
 BENCH = Bench()

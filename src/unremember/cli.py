@@ -55,8 +55,8 @@ def main() -> None:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not worth an import here
             console.print(
-                Text("✗ ", "red") + Text(f"{str(error).splitlines()[0]} Set run.places lower, run.recompute = true, or "
-                "forget.lora; the same command again goes on from there."), soft_wrap=True
+                Text("✗ ", "red") + Text(f"{str(error).splitlines()[0]} Set run.recompute = true, forget.lora or fewer "
+                "run.places; the same command again goes on from there."), soft_wrap=True
             )  # fmt: skip
             sys.exit(1)
         said = getattr(error, "format_message", None)  # click's own usage errors

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from unremember.bench import LEAST
 from unremember.corpus import ROLES, Corpus, Example
 from unremember.errors import BadInput, BadRequest, nearest
 from unremember.folder import read_json
@@ -214,8 +215,10 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
         problems.append(f"run.seed is {seed!r}; it must be a whole number from 0")
         seed = 0
     places, recompute = run.get("places", 0), run.get("recompute", False)
-    if "places" in run and (type(places) is not int or places < 64):
-        problems.append(f"run.places is {places!r}; it must be a whole number from 64, the tokens of a forward pass")
+    if "places" in run and (type(places) is not int or places < LEAST):
+        problems.append(
+            f"run.places is {places!r}; it must be a whole number from {LEAST}, the tokens of a forward pass"
+        )
     if type(recompute) is not bool:
         problems.append(f"run.recompute is {recompute!r}; it must be true or false")
     model_name = text("model", model, "name", "")

@@ -67,7 +67,7 @@ def total(terms: dict[str, float]) -> dict[str, float]:
 
 
 def most(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The greatest of each number over the processes, which all have equally many."""
+    """The greatest of each number over the processes, which all have equally many: so that all of them group alike."""
     if size() == 1:
         return shapes
     parts: list[list] = [[] for _ in range(size())]
@@ -80,7 +80,8 @@ def shard(model: nn.Module, precision: str = "fp32", again: bool = False) -> nn.
 
     precision 'bf16' gathers blocks in bfloat16 and sends their gradients so, as they are, which halves the bytes; each process
     keeps its part in float32, gradients add up in float32, and so does the residual stream.  Embedding and head stay whole
-    in precision: bfloat16 logits tie.  again: a block's weights go after its use and are gathered again on the way back.
+    in precision: bfloat16 logits tie.  again: a block's weights go after its use and are gathered again on the way back;
+    otherwise they stay, where something below them or in them moves, until the way back has passed.
     """
     if size() == 1:
         return model
@@ -90,8 +91,13 @@ def shard(model: nn.Module, precision: str = "fp32", again: bool = False) -> nn.
     lower = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(lower, torch.float32 if lower else None, cast_forward_inputs=False)
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (size(),))
+    inside = {id(w) for block in blocks(model) for w in block.parameters()}
+    back = any(
+        w.requires_grad for w in model.parameters() if id(w) not in inside
+    )  # the token table lies below all of them
     for block in blocks(model):
-        sharded: Any = fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+        back = back or any(w.requires_grad for w in block.parameters())
+        sharded: Any = fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again or not back)
         if lower:
             sharded.set_custom_reduce_scatter(_Lower(lower))
     fully_shard(model, mesh=mesh)

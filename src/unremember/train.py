@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from unremember import team
-from unremember.bench import BENCH, Bench
+from unremember.bench import BENCH, LEAST, Bench
 from unremember.errors import BadModel, Diverged
 from unremember.lm import LM
 from unremember.recompute import recomputed
@@ -32,7 +32,6 @@ from unremember.sites import EVERYWHERE, Sites
 from unremember.tokens import Row, Tokens, count, fitting, narrowed, pack, packs, shares
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-LEAST = 64  # places of a pass that are still worth trying
 Part = Literal[
     "answer", "span"
 ]  # which tokens of a forget row a method works on: all of its answer, or the sensitive ones
@@ -116,11 +115,12 @@ def batch(pools: Mapping[str, Sequence[Row]], plan: Plan, step: int, budget: int
         if team.size() == 1:
             each = [packs(rows, budget)]
         else:  # a share is small: half an empty lane in one of them and all wait
-            each = [packs(part, budget, narrowed(part)) for part in shares(rows, team.size())]
+            each = [packs(part, budget, narrowed(part, min(256, budget))) for part in shares(rows, team.size())]
         mine, most = each[team.rank()], max(map(len, each))
         micros += [pack(group, role, totals) for group in mine]
-        spare = pack((mine or next(filter(None, each)))[0], role, totals).silent()
-        micros += [spare] * (most - len(mine))
+        if len(mine) < most:
+            short = min(rows, key=lambda row: len(row.ids))
+            micros += [pack([[short]], role, totals).silent()] * (most - len(mine))
     return micros
 
 
@@ -139,7 +139,8 @@ def train(
 
     With bench.folder, a checkpoint is kept there while training goes on, and a killed run continues from it with the
     same weights that an uninterrupted one would have (bit for bit in fp32 on one process).
-    Where a GPU is too small for a pass of bench.budget places, passes become half as long, until they fit, down to LEAST.
+    Where one process's GPU is too small for passes of bench.budget places, they become half as long until they fit, while
+    LEAST are left.
     Raises Diverged where a loss or a gradient is not finite, BadModel for one in training mode; the argument is never touched.
     """
     if lm.model.training:
@@ -172,8 +173,8 @@ def train(
         sums = None
         while sums is None:
             micros = [tokens.to(lm.device) for tokens in batch(pools, plan, step, places)]
-            before(lm, micros, step + 1)
             try:
+                before(lm, micros, step + 1)
                 with recomputed(lm.model, bench.recompute):
                     sums = team.total(backward(lm, objective, micros, places))
             except torch.OutOfMemoryError:
@@ -214,6 +215,7 @@ def train(
             saved = time.monotonic()
             took = saved - began
     if team.size() > 1:
+        team.scatter(lm.model)
         result = source.copy()
         result.model.load_state_dict(team.whole_state(lm.model))
     else:

@@ -171,6 +171,6 @@ def _inside(sites: Sites, name: str, weight: Tensor, unit: str) -> Tensor:
 def _note(bench: Bench, count: int, look: Mapping) -> None:
     """One line in the form of those that training writes; a step is a neuron, and nothing is trained on."""
     if bench.log and team.rank() == 0:
-        line = {"stage": "forget", "step": count, "terms": {}, "norm": 0.0, "lr": 0.0, "tokens": 0, **look}
+        line = {"stage": "forget", "step": count, "terms": {}, "norm": 0.0, "lr": 0.0, "places": 0, "tokens": 0, **look}
         with bench.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -181,7 +181,8 @@ class FLearning:
             found = taken(lm, delta, strength)
             gone = stop is not None and stop(found, step)
             terms = {"strength": strength}
-            line = {"stage": "forget", "step": step, "terms": terms, "norm": strength * norm, "lr": 0.0, "tokens": 0}
+            line = {"stage": "forget", "step": step, "terms": terms, "norm": strength * norm, "lr": 0.0}
+            line |= {"places": 0, "tokens": 0}
             if bench.log and team.rank() == 0:
                 look = {"look": stop.looks[-1], "stopped": gone} if stop else {}
                 with bench.log.open("a", encoding="utf-8") as file:
