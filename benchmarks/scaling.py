@@ -30,7 +30,7 @@ from unremember.folder import claim, write_json
 from unremember.lm import LM, load
 from unremember.machine import keep_memory
 from unremember.table import read
-from unremember.tokens import Row
+from unremember.tokens import Row, shares
 from unremember.train import Plan, backward, batch, train
 
 EXAMPLES = (16, 32, 64, 128)
@@ -96,12 +96,13 @@ def series(made: dict[float, tuple[LM, list[Row]]], rounds: int) -> dict:
     return found
 
 
-def child(out: Path) -> None:
-    """What a process of torchrun, or one alone, does: STEPS steps, the first of which is not counted."""
+def child(out: Path, half: int | None) -> None:
+    """What a process of torchrun, or one alone, does: STEPS steps behind one that is not counted. half: 0 or 1 of the rows."""
     team.join()
     lm = load("smollm2-135m")
     marks: list[float] = []
     rows = facts(lm, 64)
+    rows = rows if half is None else shares(rows, 2)[half]
 
     def say(stage: str, done: int, total: int, terms: dict) -> None:
         marks.append(time.perf_counter())
@@ -113,46 +114,69 @@ def child(out: Path) -> None:
 
 
 def processes(out: Path) -> dict:
-    """Seconds a step of one process with two threads, and of two with one."""
+    """Seconds a step of one process with two threads, of two with one, and of two that never talk, with half of the rows each."""
+    alone, both = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     found = {}
-    for name, threads, command in (
-        ("one process, two threads", "2", [sys.executable]),
-        ("two processes, FSDP2", "1", [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]),
+    for name, threads, commands in (
+        ("one process, two threads", "2", [alone]),
+        ("two processes, FSDP2", "1", [both]),
+        ("two processes apart", "1", [alone, alone]),
     ):
-        place = out / "steps.json"
-        run = [*command, "-m", "benchmarks.scaling", "--child", str(place)]
-        subprocess.run(run, check=True, env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True)
-        found[name] = json.loads(place.read_text())
-        place.unlink()
-    one, two = (float(np.median(x)) for x in found.values())
-    return found | {"two over one": two / one}
+        running = []
+        for at, command in enumerate(commands):
+            run = [*command, "-m", "benchmarks.scaling", "--child", str(out / f"steps-{at}.json")]
+            run += ["--half", str(at)] if len(commands) > 1 else []
+            running.append(
+                subprocess.Popen(run, env={**os.environ, "OMP_NUM_THREADS": threads}, stderr=subprocess.PIPE)
+            )
+        for process in running:
+            said = process.communicate()[1]
+            if process.returncode:
+                raise RuntimeError(f"{name}: {said.decode()[-2000:]}")
+        places = [out / f"steps-{at}.json" for at in range(len(commands))]
+        found[name] = np.max([json.loads(place.read_text()) for place in places], 0).tolist()
+        for place in places:
+            place.unlink()
+    one, two, apart = (float(np.median(x)) for x in found.values())
+    return found | {"two over one": two / one, "apart over one": apart / one}
+
+
+def sizes(rounds: int) -> dict:
+    """Exponents of examples, tokens and weights."""
+    lm = load("smollm2-135m")
+    models = [sized(lm, *shape) for shape in SIZES.values()]
+    weights = [sum(w.numel() for w in x.model.parameters()) for x in models]
+    return {
+        "precision": lm.precision,
+        "examples": series({n: (lm, facts(lm, n)) for n in EXAMPLES}, rounds),
+        "tokens": series({n: (lm, passages(lm, n)) for n in TOKENS}, rounds),
+        "weights": series({n: (x, facts(lm, 32)) for n, x in zip(weights, models, strict=True)}, rounds),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.scaling", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
+    parser.add_argument("--only-processes", action="store_true", help="one process against two, and nothing else")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--half", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     keep_memory()
     if args.child:
-        return child(args.child)
+        return child(args.child, args.half)
     claim(args.out)
-    lm = load("smollm2-135m")
-    result: dict = {"threads": torch.get_num_threads(), "precision": lm.precision, "rounds": args.rounds}
-    result["examples"] = series({n: (lm, facts(lm, n)) for n in EXAMPLES}, args.rounds)
-    result["tokens"] = series({n: (lm, passages(lm, n)) for n in TOKENS}, args.rounds)
-    models = [sized(lm, *shape) for shape in SIZES.values()]
-    weights = [sum(w.numel() for w in x.model.parameters()) for x in models]
-    result["weights"] = series({n: (x, facts(lm, 32)) for n, x in zip(weights, models, strict=True)}, args.rounds)
-    del models
+    result: dict = {"threads": torch.get_num_threads(), "rounds": args.rounds}
+    if not args.only_processes:
+        result |= sizes(args.rounds)
     result["processes"] = processes(args.out)
     write_json(args.out / "scaling.json", result)
-    for name in ("examples", "tokens", "weights"):
+    for name in [x for x in ("examples", "tokens", "weights") if x in result]:
         for kind, x in result[name].items():
             middle = ", ".join(f"{size:,}: {np.median(x['seconds'][str(size)]):.2f} s" for size in x["sizes"])
             print(f"{kind} by {name}: exponent {x['exponent']:.2f} ({middle})")
-    print(f"two processes over one: {result['processes']['two over one']:.2f} times the seconds a step")
+    two, apart = (result["processes"][x] for x in ("two over one", "apart over one"))
+    print(f"two processes over one: {two:.2f} times the seconds a step; {apart:.2f} where they never talk")
 
 
 if __name__ == "__main__":
