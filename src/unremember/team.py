@@ -92,9 +92,8 @@ def shard(model: nn.Module, precision: str = "fp32", again: bool = False) -> nn.
     policy = MixedPrecisionPolicy(lower, torch.float32 if lower else None, cast_forward_inputs=False)
     mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (size(),))
     inside = {id(w) for block in blocks(model) for w in block.parameters()}
-    back = any(
-        w.requires_grad for w in model.parameters() if id(w) not in inside
-    )  # the token table lies below all of them
+    # the token table lies below all blocks
+    back = any(w.requires_grad for w in model.parameters() if id(w) not in inside)
     for block in blocks(model):
         back = back or any(w.requires_grad for w in block.parameters())
         sharded: Any = fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again or not back)
