@@ -245,6 +245,13 @@ def test_the_comparisons_of_the_repository_are_good(name):
     assert set(whole.settings.methods) == set(METHODS) - ({"seul"} if name == "tofu" else set())
 
 
+def test_settings_that_are_wrong_do_not_hide_methods_that_are_unknown():
+    with pytest.raises(BadRequest) as caught:
+        room.checked(raw(compare=RAW["compare"] | {"seeds": [-1], "methods": ["nqo", 3]}))
+    found = "; ".join(caught.value.problems)
+    assert "compare.seeds.0 is -1" in found and "unknown method 'nqo'" in found and "compare.methods.1" in found
+
+
 def test_a_file_that_is_no_toml_is_refused(tmp_path):
     with pytest.raises(BadRequest, match="cannot be read as TOML"):
         room.parse(tmp_path / "none.toml")

@@ -203,8 +203,9 @@ def checked(raw: Mapping[str, Any], where: Path = Path()) -> Comparison:
     model = raw.get("model", {}).get("name", "")
     if not model:
         problems.append("model.name is missing; name the model to start from, such as smollm2-135m")
-    for name in settings.methods if settings else ():
-        if name not in METHODS:
+    asked = settings.methods if settings else raw.get("compare", {}).get("methods", ())
+    for name in asked if isinstance(asked, list | tuple) else ():
+        if isinstance(name, str) and name not in METHODS:
             problems.append(f"compare.methods: unknown method {name!r}; {nearest(name, METHODS)}")
     for name in raw.get("method", {}):
         if name not in METHODS:
