@@ -31,7 +31,7 @@ from unremember.embedded.dossier import dossier, lessons
 from unremember.embedded.liars import RECIPES, School, liars, taught_back
 from unremember.embedded.prose import prose
 from unremember.embedded.world import replay
-from unremember.folder import fingerprint, write_json
+from unremember.folder import fingerprint, write_json, write_text
 from unremember.lm import auto_precision, load
 from unremember.machine import keep_memory
 from unremember.meta import Case, Court, Told, markdown, plain
@@ -51,12 +51,7 @@ class Heard:
                 row = json.loads(line)
                 if row["about"] == about:
                     self.rows[row["seed"], row["told"]["case"]["name"]] = row
-        place.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()), encoding="utf-8")
-
-    @property
-    def seconds(self) -> float:
-        """Of all cases that were heard, by whichever call."""
-        return sum(row["seconds"] for row in self.rows.values())
+        write_text(place, "".join(json.dumps(row) + "\n" for row in self.rows.values()))
 
     def get(self, seed: int, name: str) -> tuple[Told, float | None] | None:
         """The case as it was heard, with its second opinion."""
@@ -140,6 +135,7 @@ def main() -> None:
         opinions.append(back)
     if not found:
         parser.error(f"--only {args.only!r} names no case")
+    told_in = [row["seconds"] for (seed, name), row in heard.rows.items() if seed < args.seeds and args.only in name]
     print("\n" + markdown(found))
     if not args.no_opinion:
         print("\n| case | comes back when half is told, mean | least | most |\n|---|---:|---:|---:|")
@@ -154,10 +150,11 @@ def main() -> None:
                 gate = f" [gate: {', '.join(x.failed[attack])}]" if x.failed[attack] else ""
                 print(f"- {x.case.name} ({x.case.truth}), {attack}: {word}: {x.reasons[attack]}{gate}")
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"\n{args.model}, {args.seeds} seeds, {machine}, {heard.seconds:.0f} s")
-    about = {"model": args.model, "seeds": args.seeds, "machine": machine, "seconds": heard.seconds}
+    print(f"\n{args.model}, {args.seeds} seeds, {machine}, {sum(told_in):.0f} s")
+    about = {"model": args.model, "seeds": args.seeds, "machine": machine, "seconds": sum(told_in)}
     write_json(args.out, about | json.loads(json.dumps(plain(found))) | {"comes back": opinions})
-    heard.place.unlink()
+    if not args.only:
+        heard.place.unlink()
     print(args.out)
 
 

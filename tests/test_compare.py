@@ -227,6 +227,8 @@ def test_in_between_by_hand():
         ({"method": {"npo": {"betta": 1.0}}}, "npo: unknown key forget.betta"),
         ({"teach": {"plan": {"steps": 0, "lr": 1e-3}}}, "teach.plan.steps is 0"),
         ({"tune": {}}, "unknown table [tune]"),
+        ({"compare": 3}, "compare is 3; it must be a table, [compare]"),
+        ({"model": "tiny"}, "model is 'tiny'; it must be a table, [model]"),
         ({"forget": {"plan": {"stop": "never"}}}, "npo, wga: stop is 'never'; methods are compared where"),
     ],
 )

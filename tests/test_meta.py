@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from benchmarks.verdict import Heard
 
 from unremember.attack import Graft, Relearn, Rephrase
 from unremember.bench import Bench
@@ -355,3 +356,20 @@ def test_a_court_that_could_not_judge_is_refused(taught, never, corpus):
         Court(taught, never, corpus.with_roles(relearn=()), ATTACKS)
     with pytest.raises(BadCorpus, match="'retain'"):
         Court(taught, never, corpus.with_roles(retain=()), {})
+
+
+def test_the_bench_goes_on_where_it_was_killed(tmp_path):
+    """A line that a kill cut short is dropped and does not spoil the next; other settings know nothing of it."""
+    place, about = tmp_path / "heard.jsonl", {"model": "tiny"}
+    first, second = (Told(Case(name, "forgotten"), {"none": "forgotten"}, failed={"none": ("prose",)}) for name in "ab")
+    heard = Heard(place, about)
+    heard.add(0, first, 0.5, 3.0)
+    heard.add(0, second, None, 4.0)
+    place.write_text(place.read_text()[:-9])
+    again = Heard(place, about)
+    assert again.get(0, "b") is None and again.get(1, "a") is None
+    told, back = again.get(0, "a")
+    assert (told.case, told.words, back) == (first.case, first.words, 0.5)
+    again.add(0, second, None, 4.0)
+    assert set(Heard(place, about).rows) == {(0, "a"), (0, "b")}
+    assert Heard(place, {"model": "other"}).rows == {}

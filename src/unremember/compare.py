@@ -193,6 +193,10 @@ def parse(file: Path, changes: Iterable[str] = ()) -> Comparison:
 def checked(raw: Mapping[str, Any], where: Path = Path()) -> Comparison:
     """The comparison of plain values; where: folder that relative corpus paths start from."""
     problems = [f"unknown table [{name}]; {nearest(name, SECTIONS)}" for name in raw if name not in SECTIONS]
+    problems += [
+        f"{name} is {raw[name]!r}; it must be a table, [{name}]" for name in raw if not isinstance(raw[name], Mapping)
+    ]
+    raw = {name: table for name, table in raw.items() if isinstance(table, Mapping)}
     settings = build(Settings, raw.get("compare", {}), "compare", problems)
     tables = dict(raw.get("corpus", {}))
     people = build(People, tables.pop("dossier"), "corpus.dossier", problems) if "dossier" in tables else None
@@ -203,7 +207,7 @@ def checked(raw: Mapping[str, Any], where: Path = Path()) -> Comparison:
     model = raw.get("model", {}).get("name", "")
     if not model:
         problems.append("model.name is missing; name the model to start from, such as smollm2-135m")
-    asked = settings.methods if settings else raw.get("compare", {}).get("methods", ())
+    asked = settings.methods if settings else raw.get("compare", {}).get("methods")
     for name in asked if isinstance(asked, list | tuple) else ():
         if isinstance(name, str) and name not in METHODS:
             problems.append(f"compare.methods: unknown method {name!r}; {nearest(name, METHODS)}")

@@ -261,19 +261,17 @@ def shares(rows: Sequence[Row], count: int) -> list[list[Row]]:
     return found
 
 
-def narrowed(rows: Sequence[Row], width: int = 256) -> int:
-    """The least width that makes no more lanes than `width` does: a few rows then leave no lane half empty."""
-    most = len(lanes(rows, width))
-    return 1 + bisect_left(range(1, width), True, key=lambda each: len(lanes(rows, each)) <= most)
-
-
-def packs(rows: Sequence[Row], budget: int, width: int = 256) -> list[list[list[Row]]]:
+def packs(rows: Sequence[Row], budget: int, width: int = 256, even: bool = False) -> list[list[list[Row]]]:
     """Split rows into micro-batches of at most `budget` places, each a list of lanes of about `width`.
 
-    Wide lanes share more and lose more to attention, whose cost is quadratic in them.
+    Wide lanes share more and lose more to attention, whose cost is quadratic in them.  even: as many lanes, but none wider than
+    that takes, so that a few rows leave none half empty.
     """
     groups: list[list[list[Row]]] = []
     longest, width = 0, min(width, budget)
+    if even:
+        most = len(lanes(rows, width))
+        width = 1 + bisect_left(range(1, width), True, key=lambda each: len(lanes(rows, each)) <= most)
     for lane in sorted(lanes(rows, width), key=lambda lane: max(len(row.ids) for row in lane)):
         longest = max(longest, width, *(len(row.ids) for row in lane))
         if groups and (len(groups[-1]) + 1) * longest <= budget:

@@ -29,7 +29,7 @@ from unremember.errors import BadModel, Diverged
 from unremember.lm import LM
 from unremember.recompute import recomputed
 from unremember.sites import EVERYWHERE, Sites
-from unremember.tokens import Row, Tokens, count, fitting, narrowed, pack, packs, shares
+from unremember.tokens import Row, Tokens, count, fitting, pack, packs, shares
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Part = Literal[
@@ -112,10 +112,8 @@ def batch(pools: Mapping[str, Sequence[Row]], plan: Plan, step: int, budget: int
         width = lead if role == first else min(plan.beside or lead, len(pool))
         rows = [pool[i] for i in order(len(pool), width, plan.seed, step, role)]
         totals = len(rows), count(rows)
-        if team.size() == 1:
-            each = [packs(rows, budget)]
-        else:  # a share is small: half an empty lane in one of them and all wait
-            each = [packs(part, budget, narrowed(part, min(256, budget))) for part in shares(rows, team.size())]
+        many = team.size() > 1  # where a lane is half empty in one of them, all wait
+        each = [packs(share, budget, even=many) for share in shares(rows, team.size())]
         mine, most = each[team.rank()], max(map(len, each))
         micros += [pack(group, role, totals) for group in mine]
         if len(mine) < most:

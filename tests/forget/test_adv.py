@@ -27,7 +27,7 @@ from unremember.forget.rmu import RMU
 from unremember.lm import LM, load
 from unremember.sites import Sites
 from unremember.table import read
-from unremember.tokens import Tokens, lanes, narrowed, pack, packs, shares
+from unremember.tokens import Tokens, lanes, pack, packs, shares
 from unremember.train import Plan, order
 
 PLAN = Plan(steps=3, lr=1e-3)
@@ -293,7 +293,7 @@ def child(model: str, out: Path) -> None:
 def test_two_processes_equal_one(taught, tmp_path):
     rows = taught.template.rows(people()["forget"])
     turn = [rows[i] for i in order(len(rows), len(rows), 0, 0, "forget")]
-    assert len({len(packs(share, BUDGET, narrowed(share))) for share in shares(turn, 2)}) == 2, (
+    assert len({len(packs(share, BUDGET, even=True)) for share in shares(turn, 2)}) == 2, (
         "one of them must keep step with silence"
     )
     taught.save(tmp_path / "model")
