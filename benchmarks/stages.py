@@ -40,7 +40,7 @@ STEPS: dict[str, tuple[str, dict]] = {
     "rmu": ("rmu", {"scale": RMU_STEP.scale, "alpha": RMU_STEP.alpha, "depth": RMU_STEP.depth}),
 }
 NEW = 32  # tokens of an answer
-TEXTS, LONG, N = 4, 32, 3  # of EL_3: texts, tokens of each, n
+FACTS, PASSAGES, LONG, N = 6, 2, 32, 3  # of EL_3: texts of both kinds, tokens of each at most, n
 
 
 def corpus() -> Corpus:
@@ -159,7 +159,7 @@ def _answers() -> Stage:
 
 def _prefixes() -> Stage:
     def some(lm: LM) -> list[tuple[int, ...]]:
-        examples = [*corpus()["forget"][: TEXTS - 1], *prose()[:1]]
+        examples = [*corpus()["forget"][:FACTS], *prose()[:PASSAGES]]
         return [lm.template.row(x.id, "", x.answer).ids[:-1][:LONG] for x in examples]
 
     def ours(lm: LM) -> Callable[[], object]:

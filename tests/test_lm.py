@@ -13,6 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from unremember.decode import plain
 from unremember.embedded import MODELS
 from unremember.errors import BadModel
+from unremember.greatest import Greatest
 from unremember.lm import LM, check, load
 from unremember.logp import LogP
 from unremember.tokens import pack
@@ -75,6 +76,37 @@ def test_generate_stops_after_so_many_tokens(taught, prompts):
     whole = taught.generate(prompts, 20)
     assert taught.generate(prompts, 3) == [x[:3] for x in whole]
     assert taught.generate([], 3) == []
+
+
+def test_each_prompt_may_have_a_length_of_its_own(taught, prompts):
+    whole, news = taught.generate(prompts, 20), [i % 7 for i in range(len(prompts))]
+    assert taught.generate(prompts, news) == [said[:new] for said, new in zip(whole, news, strict=True)]
+
+
+def test_long_prompts_are_decoded_fewer_at_a_time(taught, prompts, monkeypatch):
+    """256 places a prompt on average, and one prompt at least."""
+    groups: list[int] = []
+    said = LM._said
+    monkeypatch.setattr(LM, "_said", lambda lm, part, *rest: groups.append(len(part)) or said(lm, part, *rest))
+    expected = taught.generate(prompts, 4, 1)
+    groups.clear()
+    monkeypatch.setattr("unremember.lm.SHARED", max(map(len, prompts)) + 4)
+    assert taught.generate(prompts, 4, 5) == expected and max(groups) >= 5
+    groups.clear()
+    monkeypatch.setattr("unremember.lm.SHARED", 1)
+    assert taught.generate(prompts, 4, 5) == expected and groups == [1] * len(prompts)
+
+
+def test_greedy_in_bfloat16_says_what_the_whole_head_says(taught, prompts, monkeypatch):
+    """The head's stand-in changes no token; and that it stands in is seen."""
+    low = replace(taught, precision="bf16")
+    fast, asked = low.generate(prompts, 12), []
+    assert type(low.greatest()) is Greatest and taught.greatest() is None
+    call = Greatest.__call__
+    monkeypatch.setattr(Greatest, "__call__", lambda head, hidden: asked.append(len(hidden)) or call(head, hidden))
+    assert low.generate(prompts, 12) == fast and asked
+    monkeypatch.setattr(LM, "greatest", lambda _: None)
+    assert low.generate(prompts, 12) == fast
 
 
 def test_a_prompt_without_a_token_is_refused(taught, prompts):

@@ -14,7 +14,8 @@ def _silent(stage: str, done: int, total: int, terms: dict[str, float]) -> None:
 
 @dataclass(frozen=True)
 class Bench:
-    """device: torch device name.  budget: places in one packed forward pass.  batch: prompts decoded together.
+    """device: torch device name.  budget: places in one packed forward pass.
+    batch: prompts decoded together; the more, the nearer a step comes to the machine's peak.
     recompute: training keeps what enters a block, and computes the rest again on the way back, where it gathers
     sharded weights again.
     folder: where a training run keeps its checkpoint, None = nowhere.  every: seconds between two checkpoints, at least.
@@ -28,7 +29,7 @@ class Bench:
     device: str = "cpu"
     budget: int = 2048
     recompute: bool = False
-    batch: int = 64
+    batch: int = 192
     folder: Path | None = None
     every: float = 60.0
     log: Path | None = None

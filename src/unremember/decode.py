@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-Step = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-"""ids (B, T), seen (B, S) of what is kept and of ids (0 = padding), positions (B, T), cache -> logits behind the last (B, V)"""
+Next = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""ids (B, T), seen (B, S) of what is kept and of ids (0 = padding), positions (B, T), cache -> the token behind the last (B,)"""
 
 Pick = Callable[[Tensor, list[list[int]], list[int]], Tensor]
 """logits (B, V), the tokens that were read last, a list a row, how many stand in front of the next -> the next token (B,)"""
@@ -31,47 +31,77 @@ def plain(config: Any) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
 
 
-def roomy(cache: Any, places: Tensor, more: int, dtype: torch.dtype) -> Cache:
+def reading(config: Any, dtype: torch.dtype) -> Cache:
+    """An empty cache for one pass, of a model that is `plain`; its keys, rotated in float32, are kept in another precision."""
+    return Cache([_Reading(dtype) for _ in DynamicCache(config=config).layers])
+
+
+class _Reading(DynamicLayer):
+    """A layer of transformers' cache that is filled once."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert not self.is_initialized, "one pass is all"
+        self.device, self.is_initialized = key_states.device, True
+        self.keys, self.values = key_states.to(self.dtype), value_states.to(self.dtype)
+        return self.keys, self.values
+
+
+def roomy(cache: Any, places: Tensor, more: int) -> Cache:
     """Keys and values of rows that are to go on, with room for `more` places.
 
     cache: of L lanes with T places.  places: (B, S), which of the L · T a row has read, in their order, on the right.
     """
+    rows, used = places.shape
+    flat = places.flatten()
 
-    def take(x: Tensor) -> Tensor:  # (L, K, T, D) -> (B, K, S, D)
-        return x.transpose(1, 2).flatten(0, 1)[places].transpose(1, 2)
+    def take(
+        x: Tensor,
+    ) -> Tensor:  # (L, K, T, D) -> (B, K, S + more, D); 0 where nothing is yet, since 0 times a NaN is one
+        heads, size = x.shape[1], x.shape[-1]
+        room = x.new_zeros(rows, heads, used + more, size)
+        room[:, :, :used] = (
+            x.transpose(1, 2).flatten(0, 1).index_select(0, flat).view(rows, used, heads, size).transpose(1, 2)
+        )
+        return room
 
-    return Cache([_Roomy(take(layer.keys), take(layer.values), more, dtype) for layer in cache.layers])
+    return Cache([_Roomy(take(layer.keys), take(layer.values), used) for layer in cache.layers])
 
 
 class _Roomy(DynamicLayer):
-    """A layer of transformers' cache that grows into memory which it has."""
+    """A layer of transformers' cache that grows into memory which it has, and shows all of it: a piece would be copied."""
 
-    def __init__(self, keys: Tensor, values: Tensor, more: int, dtype: torch.dtype):
+    keys: Any
+    values: Any
+
+    def __init__(self, keys: Tensor, values: Tensor, used: int):
         super().__init__()
-        self.dtype, self.device, self.is_initialized = dtype, keys.device, True
-        rows, heads, self.used, _ = keys.shape
-        self.room = [x.new_empty(rows, heads, self.used + more, x.shape[-1], dtype=dtype) for x in (keys, values)]
-        for room, x in zip(self.room, (keys, values), strict=True):
-            room[:, :, : self.used] = x
-        self._show(rows)
-
-    def _show(self, rows: int) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = (x[:rows, :, : self.used] for x in self.room)
-        return self.keys, self.values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values, self.used = keys, values, used
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        rows, _, new, _ = key_states.shape
-        for room, x in zip(self.room, (key_states, value_states), strict=True):
-            room[:rows, :, self.used : self.used + new] = x
-        self.used += new
-        return self._show(rows)
+        end = self.used + key_states.shape[2]
+        self.keys[:, :, self.used : end] = key_states
+        self.values[:, :, self.used : end] = value_states
+        self.used = end
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.used
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """What is not used yet is masked, like padding."""
+        return self.keys.shape[2], 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows; those that stay where they are cost nothing."""
         moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
-        for room in self.room if len(moved) else ():
+        for room in (self.keys, self.values) if len(moved) else ():
             room[moved, :, : self.used] = room[indices[moved], :, : self.used]
-        self._show(len(indices))
+        self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
 
 
 def staying(keep: Sequence[bool]) -> list[int]:
@@ -82,7 +112,7 @@ def staying(keep: Sequence[bool]) -> list[int]:
 
 
 def decode(
-    step: Step, pick: Pick, cache: Any, seen: Tensor, tokens: Tensor, news: Sequence[int], stop: set[int]
+    following: Next, cache: Any, seen: Tensor, tokens: Tensor, news: Sequence[int], stop: set[int]
 ) -> list[list[int]]:
     """What rows say behind `tokens` (B,), at most news[b] tokens each, without the end mark.  Uses the cache up.
 
@@ -99,9 +129,8 @@ def decode(
             seen, positions, tokens = seen[kept], positions[kept], tokens[kept]
             alive = [alive[at] for at in order]
         seen = torch.cat([seen, seen.new_ones(len(alive), 1)], 1)
-        logits = step(tokens[:, None], seen, positions[:, None], cache)
+        tokens = following(tokens[:, None], seen, positions[:, None], cache)
         positions = positions + 1
-        tokens = pick(logits, tokens[:, None].tolist(), positions.tolist())
         keep = []
         for b, token in zip(alive, tokens.tolist(), strict=True):
             if token not in stop:

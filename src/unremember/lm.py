@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from transformers import DynamicCache
 
 from unremember import team
 from unremember.attention import quick
-from unremember.decode import Pick, decode, likeliest, plain, roomy
+from unremember.bench import BENCH
+from unremember.decode import Pick, decode, likeliest, plain, reading, roomy
 from unremember.errors import BadModel
+from unremember.greatest import Greatest, greatest
 from unremember.logp import LogP
 from unremember.tokens import Row, Template, Tokens, joined, lanes, pack
 
@@ -227,31 +229,71 @@ class LM:
             )
         return out.logits[:, -1]
 
+    def next(self, ids: Tensor, seen: Tensor, positions: Tensor, cache: Any, *, head: Greatest | None) -> Tensor:
+        """The token behind the last of ids, as `pick` chooses it; as `step`. -> (B,)"""
+        if self.pick is not likeliest:
+            return self.pick(self.step(ids, seen, positions, cache), ids.tolist(), (positions[:, -1] + 1).tolist())
+        asked = {"input_ids": ids, "attention_mask": seen, "position_ids": positions, "past_key_values": cache}
+        return self.best(head, lambda hidden: hidden[:, -1], asked)[1]
+
+    def best(
+        self, head: Greatest | None, select: Callable[[Tensor], Tensor], asked: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The greatest logit and its token at each place of `select(hidden)` (N, H). -> (N,), (N,)
+
+        head: `greatest()`, made once for many calls; asked: what transformers' model takes.
+        """
+        if head is None:
+            with self.headed(lambda hidden: select(hidden)[None]):
+                values, tokens = self.model(**asked, use_cache=True).logits[0].max(-1)
+            return values, tokens
+        found = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            found.append(head(select(hidden)))
+            return hidden[:, :0]
+
+        with self.headed(keep):
+            self.model(**asked, use_cache=True)
+        return found[0]
+
+    def greatest(self) -> Greatest | None:
+        """What stands in for the head in `best`, where that saves something."""
+        return greatest(self.model) if self.precision == "bf16" else None
+
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[tuple[int, ...]], new: int, batch: int = 64) -> list[tuple[int, ...]]:
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], new: int | Sequence[int], batch: int = BENCH.batch
+    ) -> list[tuple[int, ...]]:
         """Continuations of at most `new` tokens, without the end mark, in the order of `prompts`; greedy unless `pick` is not.
 
-        Prompts are sorted by length, read `batch` at a time as tries and decoded together, and rows that are done leave.
+        Prompts are sorted by length, read as tries and decoded together, and rows that are done leave.
+        new: for all, or for each.  batch: prompts at a time; fewer where their places would be more than 256 each.
         Raises ValueError for a prompt without a token.
         """
         if not all(prompts):
             raise ValueError("a prompt has no token, so there is nothing to go on from; ask something")
+        news = [new] * len(prompts) if isinstance(new, int) else new
         out: list[tuple[int, ...]] = [()] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if new else []
+        order = sorted((i for i in range(len(prompts)) if news[i]), key=lambda i: len(prompts[i]))
+        head = self.greatest() if order and self.pick is likeliest else None
         with self.lowered():
-            for first in range(0, len(order), batch):
-                part = order[first : first + batch]
-                for i, said in zip(part, self._said([prompts[i] for i in part], new), strict=True):
+            while order:
+                longest = [len(prompts[i]) + max(news[j] for j in order[: k + 1]) for k, i in enumerate(order[:batch])]
+                fit = sum((k + 1) * places <= batch * SHARED for k, places in enumerate(longest))
+                part, order = order[: max(1, fit)], order[max(1, fit) :]
+                asked = [prompts[i] for i in part], [news[i] for i in part]
+                for i, said in zip(part, self._said(*asked, head), strict=True):
                     out[i] = tuple(said)
         return out
 
-    def _said(self, prompts: Sequence[tuple[int, ...]], new: int) -> list[list[int]]:
-        cache, seen, logits = (self._tries if plain(self.model.config) else self._padded)(prompts, new)
+    def _said(self, prompts: Sequence[tuple[int, ...]], news: Sequence[int], head: Greatest | None) -> list[list[int]]:
+        cache, seen, logits = (self._tries if plain(self.model.config) else self._padded)(prompts, max(news))
         tokens = self.pick(logits, [list(ids) for ids in prompts], [len(ids) for ids in prompts])
         stop = self.stop
         first = [[] if t in stop else [t] for t in tokens.tolist()]
-        news = [new - 1 if t else 0 for t in first]
-        rest = decode(self.step, self.pick, cache, seen, tokens, news, stop)
+        left = [new - 1 if said else 0 for new, said in zip(news, first, strict=True)]
+        rest = decode(partial(self.next, head=head), cache, seen, tokens, left, stop)
         return [a + b for a, b in zip(first, rest, strict=True)]
 
     def _tries(self, prompts: Sequence[tuple[int, ...]], new: int) -> tuple[Any, Tensor, Tensor]:
@@ -261,7 +303,7 @@ class LM:
         """
         rows = [Row(str(i), (*ids, 0), len(ids), len(ids), ()) for i, ids in enumerate(prompts)]
         tokens = pack(lanes(rows, SHARED)).to(self.device)
-        read = DynamicCache(config=self.model.config)
+        read = reading(self.model.config, self.attention_dtype)
         logits = self.logits(tokens, read)
         longest, width = max(map(len, prompts)), tokens.ids.shape[1]
         places = torch.zeros(len(prompts), longest, dtype=torch.long, device=self.device)
@@ -273,7 +315,7 @@ class LM:
             seen[int(key), longest - len(path) :] = 1
         order = torch.tensor([int(key) for key in tokens.keys], device=self.device)
         return (
-            roomy(read, places, new, self.attention_dtype),
+            roomy(read, places, new),
             seen,
             torch.empty_like(logits).index_copy_(0, order, logits),
         )
@@ -289,7 +331,7 @@ class LM:
         cache = DynamicCache(config=self.model.config)
         return cache, seen, self.step(ids, seen, (seen.cumsum(1) - 1).clamp(min=0), cache)
 
-    def answer(self, prompts: Sequence[str], new: int, batch: int = 64) -> list[str]:
+    def answer(self, prompts: Sequence[str], new: int, batch: int = BENCH.batch) -> list[str]:
         """What the model says to each prompt, as text."""
         coded = self.generate([self.template.context(p) for p in prompts], new, batch)
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in coded]

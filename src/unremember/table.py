@@ -115,9 +115,7 @@ def continuations(
     said: dict = {}
     for first in range(0, len(mine), bench.batch):
         part = mine[first : first + bench.batch]
-        longest = max(new for _, new in part)
-        coded = lm.generate([ids for ids, _ in part], longest, bench.batch)
-        said.update({p: c[: p[1]] for p, c in zip(part, coded, strict=True)})
+        said.update(zip(part, lm.generate(*zip(*part, strict=True), bench.batch), strict=True))
         bench.say("speak", first + len(part), len(mine), {})
     known.update(team.merge(said))
     return [known[p] for p in prompts]

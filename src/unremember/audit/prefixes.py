@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from unremember import team
 from unremember.bench import BENCH, Bench
-from unremember.decode import decode, likeliest, plain, roomy
+from unremember.decode import decode, likeliest, plain, reading, roomy
+from unremember.greatest import Greatest
 from unremember.lm import LM
 from unremember.table import continuations
 
@@ -42,9 +44,11 @@ def from_prefixes(
     fresh = sorted(ids for ids, at in missing.items() if at)  # neighbours in the trie go together
     mine = fresh[team.rank() :: team.size()]
     found: dict[Ids, dict[int, Ids]] = {}
+    greedy = replace(lm, pick=likeliest)
+    head = greedy.greatest() if mine else None
     with lm.lowered():
         for group in _groups(mine, bench.budget):
-            found.update(_speak(lm, {ids: missing[ids] for ids in group}, bench))
+            found.update(_speak(greedy, {ids: missing[ids] for ids in group}, bench, head))
             bench.say("speak", len(found), len(mine), {})
     for ids, said in team.merge(found).items():
         known[ids] = {**known.get(ids, {}), **said}
@@ -65,11 +69,11 @@ def _groups(texts: Sequence[Ids], budget: int) -> list[list[Ids]]:
     return groups
 
 
-def _speak(lm: LM, wanted: dict[Ids, set[int]], bench: Bench) -> dict[Ids, dict[int, Ids]]:
+def _speak(lm: LM, wanted: dict[Ids, set[int]], bench: Bench, head: Greatest | None) -> dict[Ids, dict[int, Ids]]:
     """The continuations of one group of texts."""
     texts = list(wanted)
     child, where, paths = _trie(texts)
-    best, cache = _read(lm, texts, where)
+    best, cache = _read(lm, texts, where, head)
     stop = lm.stop
     walked: dict[tuple[Ids, int], tuple[list[int], int, int]] = {}  # what follows texts; then a branch, and its tokens
     need: dict[int, int] = {}  # branch -> most tokens after its first
@@ -89,10 +93,9 @@ def _speak(lm: LM, wanted: dict[Ids, set[int]], bench: Bench) -> dict[Ids, dict[
 
     starts = [(node, *where[node], best[node], new) for node, new in need.items()]
     if plain(lm.model.config):
-        tails = _decode(lm, cache, starts, bench.batch)
+        tails = _decode(lm, cache, starts, bench.batch, head)
     else:  # windows and recurrent states cannot be cut at a place: from the tokens, then
-        greedy = replace(lm, pick=likeliest)
-        said = continuations(greedy, [((*texts[b][:t], token), new) for _, b, t, token, new in starts], bench)
+        said = continuations(lm, [((*texts[b][:t], token), new) for _, b, t, token, new in starts], bench)
         tails = {start[0]: list(ids) for start, ids in zip(starts, said, strict=True)}
     found: dict[Ids, dict[int, Ids]] = {ids: {} for ids in texts}
     for (ids, cut), (said, branch, left) in walked.items():
@@ -115,7 +118,9 @@ def _trie(texts: Sequence[Ids]) -> tuple[dict[tuple[int, int], int], list[tuple[
     return child, where, paths
 
 
-def _read(lm: LM, texts: Sequence[Ids], where: Sequence[tuple[int, int]]) -> tuple[list[int], Any]:
+def _read(
+    lm: LM, texts: Sequence[Ids], where: Sequence[tuple[int, int]], head: Greatest | None
+) -> tuple[list[int], Any]:
     """The arg-max after each node's prefix (nothing is asked of node 0), and the keys and values of all texts."""
     from transformers import DynamicCache
 
@@ -124,16 +129,18 @@ def _read(lm: LM, texts: Sequence[Ids], where: Sequence[tuple[int, int]]) -> tup
     for b, text in enumerate(texts):
         ids[b, : len(text)] = torch.tensor(text)  # nobody looks to the right, so padding there is seen by none
     places = torch.tensor([b * width + t - 1 for b, t in where[1:]], device=lm.device)
-    cache = DynamicCache(config=lm.model.config)
-    with lm.headed(lambda hidden: hidden.flatten(0, 1)[places][None]):
-        logits = lm.model(input_ids=ids.to(lm.device), past_key_values=cache, use_cache=True).logits[0]
-    top = logits.max(-1)
-    if not torch.isfinite(top.values).all():
+    config = lm.model.config
+    cache = reading(config, lm.attention_dtype) if plain(config) else DynamicCache(config=config)
+    asked = {"input_ids": ids.to(lm.device), "past_key_values": cache}
+    values, tokens = lm.best(head, lambda hidden: hidden.flatten(0, 1)[places], asked)
+    if not torch.isfinite(values).all():
         raise ValueError(f"{lm.name or 'the model'} gives probabilities that are not finite; its weights are broken")
-    return [-1, *top.indices.tolist()], cache
+    return [-1, *tokens.tolist()], cache
 
 
-def _decode(lm: LM, cache: Any, starts: Sequence[tuple[int, int, int, int, int]], batch: int) -> dict[int, list[int]]:
+def _decode(
+    lm: LM, cache: Any, starts: Sequence[tuple[int, int, int, int, int]], batch: int, head: Greatest | None
+) -> dict[int, list[int]]:
     """starts: (node, text, length of the prefix, first token behind it, most further tokens) -> node: further tokens."""
     tails: dict[int, list[int]] = {}
     order = sorted(starts, key=lambda start: (-start[-1], start[2]))  # who may say as much goes together
@@ -142,6 +149,6 @@ def _decode(lm: LM, cache: Any, starts: Sequence[tuple[int, int, int, int, int]]
         text, length, token = (torch.tensor(x, device=lm.device) for x in (texts, lengths, tokens))
         slots = torch.arange(max(lengths), device=lm.device) - (max(lengths) - length)[:, None]  # (B, S), right-aligned
         seen, slots = (slots >= 0).long(), slots.clamp(min=0)
-        own = roomy(cache, text[:, None] * cache.layers[0].keys.shape[2] + slots, max(news), lm.attention_dtype)
-        tails |= zip(nodes, decode(lm.step, likeliest, own, seen, token, news, lm.stop), strict=True)
+        own = roomy(cache, text[:, None] * cache.layers[0].keys.shape[2] + slots, max(news))
+        tails |= zip(nodes, decode(partial(lm.next, head=head), own, seen, token, news, lm.stop), strict=True)
     return tails
