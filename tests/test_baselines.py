@@ -4,6 +4,7 @@ import pytest
 import torch
 from benchmarks.baselines import audit, speak
 from benchmarks.baselines.step import step
+from benchmarks.demo import Products, table
 from benchmarks.stages import LR, RMU_STEP, trained
 
 from unremember.audit import AUDITS
@@ -46,3 +47,19 @@ def test_so_are_those_behind_every_prefix(taught, corpus):
     texts = [taught.template.row(x.id, "", x.answer).ids[:-1] for x in corpus["forget"][:4]]
     cuts = [range(1, len(ids) - 2) for ids in texts]
     assert speak.from_prefixes(taught, texts, 3) == from_prefixes(taught, texts, cuts, Bench())
+
+
+def test_products_are_counted_both_ways():
+    """Forward one product of 2 · 5 · 7 · 3 operations; backward one for the weights, and one for an input that has a gradient."""
+    w = torch.randn(7, 3, requires_grad=True)
+    with Products() as counter:
+        (torch.randn(5, 7) @ w).sum().backward()
+        assert counter.flops == 2 * 210
+        (torch.randn(5, 7, requires_grad=True) @ w).exp().sum().backward()
+    assert counter.flops == 5 * 210
+
+
+def test_the_share_of_the_peak_by_hand():
+    """10 s, of which 2 TFLOP take 4 at half a TFLOP a second; and a stage without products."""
+    rows = table({"teach": [10.0, 2 * 10**12], "report": [10.0, 0]}, 5e11).splitlines()[2:]
+    assert rows == ["| teach | 10.0 | 2.0 | 40% |", "| report | 10.0 | 0.0 | 0% |", "| all | 20.0 | 2.0 | 20% |"]
