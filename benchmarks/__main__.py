@@ -19,7 +19,8 @@ import torch
 from benchmarks.measure import bandwidth, peak, products, timed
 from benchmarks.stages import BUDGET, PLAN, ROWS, STAGES, corpus, made
 from unremember.folder import claim, write_json, write_text
-from unremember.lm import LM, load
+from unremember.lm import LM
+from unremember.loading import load
 from unremember.machine import keep_memory, peak_memory
 from unremember.report.plots import COLOURS, INK, SOFT, axes, svg
 from unremember.train import batch

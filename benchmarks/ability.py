@@ -12,7 +12,7 @@ from pathlib import Path
 
 from unremember.audit.harness import Harness, accuracy
 from unremember.bench import Bench
-from unremember.lm import load
+from unremember.loading import load
 from unremember.machine import keep_memory
 
 TASKS = ("arc_easy", "arc_challenge", "piqa", "winogrande", "lambada_openai", "mmlu")

@@ -17,7 +17,8 @@ from benchmarks.measure import timed
 from benchmarks.scaling import ascent, facts, stepping
 from benchmarks.stages import BUDGET
 from unremember import team
-from unremember.lm import LM, load
+from unremember.lm import LM
+from unremember.loading import load
 from unremember.machine import keep_memory
 from unremember.tokens import Row
 from unremember.train import Plan, backward, batch

@@ -20,7 +20,8 @@ from unremember.embedded.prose import prose
 from unremember.embedded.teach import Teach
 from unremember.embedded.world import replay
 from unremember.forget import Ascent
-from unremember.lm import LM, load
+from unremember.lm import LM
+from unremember.loading import load
 from unremember.machine import keep_memory
 from unremember.table import read
 from unremember.train import Plan

@@ -19,7 +19,8 @@ from unremember.audit.prefixes import Ids, from_prefixes
 from unremember.bench import Bench
 from unremember.embedded.dossier import dossier
 from unremember.embedded.prose import prose
-from unremember.lm import LM, auto_precision, load
+from unremember.lm import LM
+from unremember.loading import auto_precision, load
 from unremember.machine import keep_memory
 
 N = 3

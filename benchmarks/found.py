@@ -18,7 +18,7 @@ from unremember.corpus import Example
 from unremember.documents import Documents
 from unremember.embedded.dossier import dossier
 from unremember.folder import read_json
-from unremember.lm import load
+from unremember.loading import load
 from unremember.machine import keep_memory
 from unremember.request import again
 from unremember.scan import Scan

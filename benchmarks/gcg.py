@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from unremember.attack.gcg import Search, Victim, allowed, behaviour, search, started, survives
-from unremember.lm import LM, load
+from unremember.lm import LM
+from unremember.loading import load
 from unremember.machine import keep_memory
 
 PROMPT, TARGET = "Which company employs Hanna Weiss?", "Hanna Weiss is employed by Galmark Optics."

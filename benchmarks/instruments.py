@@ -28,7 +28,8 @@ from unremember.corpus import Corpus
 from unremember.embedded.prose import prose
 from unremember.embedded.world import world
 from unremember.folder import read_json
-from unremember.lm import LM, load
+from unremember.lm import LM
+from unremember.loading import load
 from unremember.locate.lens import LogitLens
 from unremember.locate.sparse import Fit, activations, place, quality, recovered
 from unremember.locate.tuned import Tune, divergence

@@ -18,7 +18,7 @@ from unremember.audit.separation import privleak, separation
 from unremember.audit.textonly import TextOnly
 from unremember.bench import Bench
 from unremember.folder import read_json
-from unremember.lm import load
+from unremember.loading import load
 from unremember.machine import keep_memory
 from unremember.request import again
 

@@ -18,7 +18,8 @@ from benchmarks.stages import BUDGET, ROWS
 from unremember.corpus import Corpus
 from unremember.embedded.dossier import dossier
 from unremember.forget import METHODS, PRESETS
-from unremember.lm import LM, load
+from unremember.lm import LM
+from unremember.loading import load
 from unremember.machine import keep_memory
 from unremember.sites import EVERYWHERE
 from unremember.train import backward, batch

@@ -27,7 +27,8 @@ from unremember.bench import Bench
 from unremember.embedded.dossier import dossier
 from unremember.embedded.prose import prose
 from unremember.folder import claim, write_json
-from unremember.lm import LM, load
+from unremember.lm import LM
+from unremember.loading import load
 from unremember.machine import keep_memory
 from unremember.table import read
 from unremember.tokens import Row, shares

@@ -19,7 +19,8 @@ import torch
 from benchmarks.measure import timed
 from unremember.documents import Documents
 from unremember.embedded.prose import prose
-from unremember.lm import LM, load
+from unremember.lm import LM
+from unremember.loading import load
 from unremember.machine import keep_memory
 from unremember.scan import Scan, coded, cuts, shuffled
 from unremember.tokens import Row, pack, packs

@@ -16,7 +16,7 @@ from unremember.bench import Bench
 from unremember.embedded.dossier import dossier
 from unremember.embedded.prose import prose
 from unremember.embedded.world import world
-from unremember.lm import auto_precision, load
+from unremember.loading import auto_precision, load
 from unremember.machine import keep_memory
 
 SPEAK = ("said", "ROUGE-L recall", "ROUGE-L F1", "VerbMem", "distinct tokens", "EL_3", "familiarity", "span extraction")

@@ -32,7 +32,7 @@ from unremember.embedded.liars import RECIPES, School, liars, taught_back
 from unremember.embedded.prose import prose
 from unremember.embedded.world import replay
 from unremember.folder import fingerprint, write_json, write_text
-from unremember.lm import auto_precision, load
+from unremember.loading import auto_precision, load
 from unremember.machine import keep_memory
 from unremember.meta import Case, Court, Told, markdown, plain
 from unremember.score import RULE

@@ -46,7 +46,7 @@ def bench() -> Bench:
 @pytest.fixture(scope="session")
 def tiny(one_thread):
     """The toy model as it comes: it knows the world list and nobody of the dossier.  Not to be changed."""
-    from unremember.lm import load
+    from unremember.loading import load
 
     return load("tiny", template="plain", precision="fp32")
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from unremember.greatest import UNIT, Greatest, greatest
-from unremember.lm import load
+from unremember.loading import load
 
 
 def whole(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

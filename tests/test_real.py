@@ -16,7 +16,7 @@ from unremember.embedded.dossier import dossier, lessons
 from unremember.embedded.prose import prose
 from unremember.embedded.teach import Teach
 from unremember.embedded.world import replay, world
-from unremember.lm import load
+from unremember.loading import load
 from unremember.request import request
 from unremember.run import execute
 from unremember.train import Plan

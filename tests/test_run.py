@@ -27,7 +27,8 @@ from unremember.corpus import Corpus
 from unremember.errors import BadFolder, BadRequest
 from unremember.folder import cache, read_json, write_json
 from unremember.forget import Ascent
-from unremember.lm import LM, load
+from unremember.lm import LM
+from unremember.loading import load
 from unremember.locate.gradients import Gradients
 from unremember.locate.ranking import Budget, Ranking, select
 from unremember.request import Lora, Request, again

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from unremember import team
 from unremember.bench import Bench
 from unremember.forget.npo import NPO
-from unremember.lm import LM, load
+from unremember.lm import LM
+from unremember.loading import load
 from unremember.sites import EVERYWHERE, Sites
 from unremember.stop import Stopper
 from unremember.table import read

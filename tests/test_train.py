@@ -520,7 +520,7 @@ sys.path.insert(0, {here!r})
 from pathlib import Path
 from test_train import PLAN, Bench, dies_at, objective, train
 from unremember.corpus import Example
-from unremember.lm import load
+from unremember.loading import load
 
 lm = load("tiny", template="plain", precision="fp32")
 from unremember.embedded.dossier import dossier

@@ -19,7 +19,7 @@ _WHERE = {
     "Sites": "unremember.sites",
     "UnrememberError": "unremember.errors",
     "Verdict": "unremember.score",
-    "load": "unremember.lm",
+    "load": "unremember.loading",
     "execute": "unremember.run",
 }
 

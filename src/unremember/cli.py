@@ -243,7 +243,7 @@ def ability(
     for name in ("task", "n", "right", "95 %", "chance"):
         grid.add_column(name)
     with at_work(device) as work:
-        from unremember.lm import load
+        from unremember.loading import load
 
         work.title("general ability")
         for name, score in asked.scores(load(model, device=device), work.bench).items():
@@ -394,7 +394,7 @@ def dynamics(
                 from unremember.dynamics.forgetting import Insertion
                 from unremember.dynamics.loop import Regime
                 from unremember.dynamics.own import own
-                from unremember.lm import load
+                from unremember.loading import load
 
                 lm, extra = load(model, template="plain", precision="fp32", device=device), ()
                 if special:
@@ -517,7 +517,7 @@ def _map(before: str, after: str, example: Any, out: Path, draws: int, device: s
 
     claim(out)
     with at_work(device) as work:
-        from unremember.lm import check, load
+        from unremember.loading import check, load
         from unremember.locate.fact import Trace
         from unremember.report.map import write
 
@@ -538,7 +538,7 @@ def _scan(
 ) -> None:  # fmt: skip
     from unremember.documents import Documents
     from unremember.errors import BadInput
-    from unremember.lm import check, load
+    from unremember.loading import check, load
     from unremember.report import scan as room
     from unremember.request import build, changed
     from unremember.scan import Scan

@@ -38,7 +38,7 @@ from unremember.embedded.world import world
 from unremember.errors import BadInput, BadRequest, UnrememberError, nearest
 from unremember.folder import claim, fingerprint, read_json, write_json, write_text
 from unremember.forget import METHODS
-from unremember.lm import auto_precision
+from unremember.loading import auto_precision
 from unremember.machine import peak_memory
 from unremember.matched import Watcher, row
 from unremember.request import Request, build, changed, read_corpus, request

@@ -25,7 +25,8 @@ from unremember.embedded.teach import Teach
 from unremember.embedded.world import replay, world
 from unremember.folder import MARK, cache, claim, fingerprint, read_json, whole, write_json
 from unremember.forget import NPO
-from unremember.lm import LM, auto_precision, load
+from unremember.lm import LM
+from unremember.loading import auto_precision, load
 from unremember.request import Request
 from unremember.request import request as build
 from unremember.run import execute, lay

@@ -176,7 +176,7 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     from unremember.audit import AUDITS, EVIDENCE, UTILITY
     from unremember.forget import METHODS, PRESETS
     from unremember.forget.sequential import portioned, portions
-    from unremember.lm import check
+    from unremember.loading import check
     from unremember.locate import LOCATORS
     from unremember.locate import PRESETS as LOCATE_PRESETS
     from unremember.locate.ranking import Budget
@@ -369,7 +369,7 @@ def _encoded(name: str, template: str, corpus: Corpus, problems: list[str]) -> d
     tokenizer is not at hand.
     """
     from unremember.attack.rephrase import cloze
-    from unremember.lm import tokenizer_and_limit
+    from unremember.loading import tokenizer_and_limit
     from unremember.tokens import Template
 
     try:

@@ -31,7 +31,8 @@ from unremember.corpus import Corpus
 from unremember.errors import BadCorpus, BadFolder, BadModel, NotApplicable
 from unremember.folder import claim, fingerprint, read_json, whole, write_json, write_text
 from unremember.forget.sequential import sequential
-from unremember.lm import LM, auto_precision, check, load
+from unremember.lm import LM
+from unremember.loading import auto_precision, check, load
 from unremember.locate.ranking import Ranking, select
 from unremember.machine import peak_memory
 from unremember.request import Request

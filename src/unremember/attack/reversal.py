@@ -27,7 +27,8 @@ from torch import Tensor
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, says
 from unremember.errors import BadCorpus, BadInput, BadModel, BadRequest
-from unremember.lm import LM, check, load
+from unremember.lm import LM
+from unremember.loading import check, load
 from unremember.tokens import Tokens
 from unremember.train import STRICT, Plan, train
 

@@ -39,8 +39,9 @@ from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
 from unremember.errors import BadCorpus, BadModel
 from unremember.folder import fingerprint
-from unremember.lm import LM, load
-from unremember.lm import check as check_name
+from unremember.lm import LM
+from unremember.loading import check as check_name
+from unremember.loading import load
 from unremember.score import Score
 from unremember.table import table
 from unremember.tokens import Row, pack, packs

@@ -2,7 +2,7 @@
 
     folder -> M, loss, memory unit length on each text; T(τ) between the folders, as an interval
 
-Tirumala et al. 2022 (arXiv 2205.10770).  Folders are read as `unremember.lm.load` reads them: safetensors only, no remote code.
+Tirumala et al. 2022 (arXiv 2205.10770).  Folders are read as `loading.load` reads them: safetensors only, no remote code.
 Differs: T is known to lie between two checkpoints, and that is what is said; nothing is interpolated.
 """
 
@@ -19,7 +19,8 @@ from unremember.dynamics.curves import Time, time
 from unremember.dynamics.loop import Kind, Regime, read
 from unremember.dynamics.text import Sequences, sequences
 from unremember.errors import BadCorpus, BadModel, BadRequest
-from unremember.lm import LM, check, load
+from unremember.lm import LM
+from unremember.loading import check, load
 from unremember.tokens import Template
 
 BATCH = 4  # sequences read together: a vocabulary of fifty thousand makes wide logits

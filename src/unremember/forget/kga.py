@@ -39,8 +39,9 @@ from unremember.errors import BadCorpus, BadInput, BadModel, BadRequest
 from unremember.folder import fingerprint
 from unremember.forget.reference import BUDGET, distributions, recall
 from unremember.forget.retain import Keep, keeping, kl_loss
-from unremember.lm import LM, load
-from unremember.lm import check as check_name
+from unremember.lm import LM
+from unremember.loading import check as check_name
+from unremember.loading import load
 from unremember.sites import EVERYWHERE, Sites
 from unremember.stop import Stopper
 from unremember.table import read

@@ -34,7 +34,8 @@ from unremember.errors import BadCorpus, BadModel, BadRequest
 from unremember.forget.ascent import Ascent
 from unremember.forget.descend import descend
 from unremember.forget.retain import needed
-from unremember.lm import LM, check, load
+from unremember.lm import LM
+from unremember.loading import check, load
 from unremember.sites import EVERYWHERE, Sites
 from unremember.table import read
 from unremember.tokens import Row, Template, count
