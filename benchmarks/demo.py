@@ -24,7 +24,7 @@ from benchmarks.measure import products
 from unremember.bench import Bench
 from unremember.demo import PRESETS, demo
 from unremember.folder import write_json
-from unremember.lm import auto_precision
+from unremember.loading import auto_precision
 from unremember.machine import keep_memory
 
 
