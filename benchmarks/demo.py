@@ -29,16 +29,21 @@ from unremember.machine import keep_memory
 
 
 class Products(TorchDispatchMode):
-    """Counts the floating point operations of matrix products and fused attention, forward and backward, while it lasts."""
+    """Counts the floating point operations of matrix products, both ways, while it lasts; not those of fused attention."""
 
     def __init__(self):
         super().__init__()
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func._overloadpacket):
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        kwargs = kwargs or {}
+        count = flop_registry.get(func._overloadpacket)
+        if count is None:
+            with self:  # without gradients a whole `linear` comes here
+                parts = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if parts is NotImplemented else parts
+        out = func(*args, **kwargs)
+        self.flops += count(*args, **kwargs, out_val=out)
         return out
 
 

@@ -56,7 +56,10 @@ def test_products_are_counted_both_ways():
         (torch.randn(5, 7) @ w).sum().backward()
         assert counter.flops == 2 * 210
         (torch.randn(5, 7, requires_grad=True) @ w).exp().sum().backward()
-    assert counter.flops == 5 * 210
+        assert counter.flops == 5 * 210
+        with torch.inference_mode():  # where a whole `linear` comes, and no product by name
+            torch.nn.functional.linear(torch.randn(2, 5, 7), w.t())
+    assert counter.flops == 7 * 210
 
 
 def test_the_share_of_the_peak_by_hand():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
 
-from unremember.decode import decode, reading, roomy, staying
+from unremember.decode import decode, reading, roomy, staying, together
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,23 @@ def test_rows_take_the_places_that_they_have_read():
     for layer, kept in zip(read.layers, own.layers, strict=True):
         assert torch.equal(kept.keys[0, :, 1:3], layer.keys[0, :, :2])
         assert torch.equal(kept.values[1, :, :3], layer.values[1][:, [0, 1, 3]])
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "count"),
+    [
+        ([(10, 5)] * 9, 4, 4),  # the batch is full
+        ([(10, 5)] * 3, 4, 3),  # all of them
+        ([(10, 5)] * 9, 64, 6),  # 6 times 15 are 90, 7 times 105
+        ([(10, 5), (10, 5), (30, 5), (30, 5)], 64, 2),  # 3 times 35 would be too many
+        ([(10, 5), (10, 30), (11, 30)], 64, 2),  # the longest of all, and the most that any may say
+        ([(400, 5), (400, 5)], 64, 1),  # one always goes
+        ([(10, 5)] * 3, 0, 1),
+    ],
+)
+def test_rows_go_on_together_while_there_is_room(rows, batch, count, monkeypatch):
+    monkeypatch.setattr("unremember.decode.ROOM", 100)
+    assert together(rows, batch) == count
 
 
 def test_each_row_says_as_much_as_it_may_and_stops_at_the_end_mark():

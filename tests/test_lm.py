@@ -1,10 +1,10 @@
-"""LM: it speaks as a slow greedy loop does, copies share nothing, hooks come off, only sound checkpoints load."""
+"""LM: it speaks as a slow greedy loop does, copies share nothing, hooks come off, likelihoods are exact."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, MistralConfig, MistralForCausalLM
 
 from unremember.decode import plain
 from unremember.greatest import Greatest
@@ -62,17 +62,14 @@ def test_each_prompt_may_have_a_length_of_its_own(taught, prompts):
 
 
 def test_long_prompts_are_decoded_fewer_at_a_time(taught, prompts, monkeypatch):
-    """256 places a prompt on average, and one prompt at least."""
     groups: list[int] = []
     said = LM._said
     monkeypatch.setattr(LM, "_said", lambda lm, part, *rest: groups.append(len(part)) or said(lm, part, *rest))
     expected = taught.generate(prompts, 4, 1)
     groups.clear()
-    monkeypatch.setattr("unremember.lm.SHARED", max(map(len, prompts)) + 4)
-    assert taught.generate(prompts, 4, 5) == expected and max(groups) >= 5
-    groups.clear()
-    monkeypatch.setattr("unremember.lm.SHARED", 1)
-    assert taught.generate(prompts, 4, 5) == expected and groups == [1] * len(prompts)
+    monkeypatch.setattr("unremember.decode.ROOM", 2 * (max(map(len, prompts)) + 4))
+    assert taught.generate(prompts, 4, 5) == expected
+    assert sum(groups) == len(prompts) and min(groups) >= 2 and len(groups) < len(prompts) / 2
 
 
 def test_greedy_in_bfloat16_says_what_the_whole_head_says(taught, prompts, monkeypatch):
@@ -116,12 +113,20 @@ def test_layers_that_know_no_tries_read_prompts_in_full(taught, prompts, monkeyp
     assert not plain(MistralConfig(sliding_window=8)) and plain(MistralConfig(sliding_window=None))
 
 
-def test_a_sliding_window_is_honoured(prompts):
-    """A small Mistral with a window shorter than its prompts says what transformers' own generation says."""
+@pytest.mark.parametrize("kind", ["mistral", "gpt_neo"])
+def test_a_sliding_window_is_honoured(kind, prompts):
+    """A small model with a window shorter than its prompts says what transformers' own generation says."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MistralConfig(**shape, num_key_value_heads=2, vocab_size=4096, sliding_window=4, eos_token_id=1)
-    model = MistralForCausalLM(config).eval()
+    if kind == "gpt_neo":
+        config = GPTNeoConfig(
+            hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=4,
+            vocab_size=4096, max_position_embeddings=64, eos_token_id=1,
+        )  # fmt: skip
+        model = GPTNeoForCausalLM(config).eval()
+    else:
+        config = MistralConfig(**shape, num_key_value_heads=2, vocab_size=4096, sliding_window=4, eos_token_id=1)
+        model = MistralForCausalLM(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(8)  # else every token is as likely as the next
@@ -205,7 +210,7 @@ def test_bfloat16_is_near_float32_and_leaves_the_weights(tiny, corpus):
     assert {w.dtype for w in half.model.parameters()} == {torch.float32}
 
 
-# ── loading and saving ──
+# ── likelihood and its gradient, without float32 copies ──
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -33,9 +33,6 @@ def checkpoint(taught, tmp_path_factory) -> Path:
     return folder
 
 
-# ── speaking ──
-
-
 def test_a_saved_folder_says_the_same(taught, corpus, checkpoint):
     again = load(str(checkpoint), precision="fp32")
     assert torch.equal(logp(again, corpus), logp(taught, corpus))
@@ -164,6 +161,3 @@ def test_weights_of_another_shape_are_a_bad_model(broken):
     (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
     with pytest.raises(BadModel, match="broken"):
         load(str(broken))
-
-
-# likelihood and its gradient, without float32 copies

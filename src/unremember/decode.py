@@ -26,9 +26,29 @@ def likeliest(logits: Tensor, read: list[list[int]], length: list[int]) -> Tenso
     return logits.argmax(-1)
 
 
+ROOM = 2**14  # places of a cache: long prompts go on fewer at a time
+
+
 def plain(config: Any) -> bool:
-    """Whether every layer of a model keeps keys and values of all places: no windows, no recurrent state."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    """Whether every layer of a model keeps keys and values of all places: no windows, no recurrent state.
+
+    GPT-Neo counts its windows, of which the cache knows nothing, from the end of all places that it is shown.
+    """
+    windows = "local" in getattr(config, "attention_layers", ())
+    return not windows and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+def together(rows: Sequence[tuple[int, int]], batch: int) -> int:
+    """How many of the first rows go on together: one at least, `batch` at most, and no more places than `ROOM`.
+
+    rows: (places that were read, most new tokens).
+    """
+    longest = most = 0
+    for count, (places, new) in enumerate(rows[:batch]):
+        longest, most = max(longest, places), max(most, new)
+        if count and (count + 1) * (longest + most) > ROOM:
+            return count
+    return min(max(1, batch), len(rows))
 
 
 def reading(config: Any, dtype: torch.dtype) -> Cache:

@@ -18,12 +18,13 @@ from transformers import DynamicCache
 
 from unremember import team
 from unremember.bench import BENCH
-from unremember.decode import Pick, decode, likeliest, plain, reading, roomy
+from unremember.decode import Pick, decode, likeliest, plain, reading, roomy, together
 from unremember.greatest import Greatest, greatest
 from unremember.logp import LogP
 from unremember.tokens import Row, Template, Tokens, joined, lanes, pack
 
 SHARED = 256  # places of a lane of prompts
+WORTH = 128  # tokens to be said for which the head's stand-in is made
 
 
 @dataclass(frozen=True)
@@ -259,26 +260,26 @@ class LM:
         """Continuations of at most `new` tokens, without the end mark, in the order of `prompts`; greedy unless `pick` is not.
 
         Prompts are sorted by length, read as tries and decoded together, and rows that are done leave.
-        new: for all, or for each.  batch: prompts at a time; fewer where their places would be more than 256 each.
+        new: for all, or for each.  batch: prompts at a time, at most (see `decode.together`).
         Raises ValueError for a prompt without a token.
         """
         if not all(prompts):
             raise ValueError("a prompt has no token, so there is nothing to go on from; ask something")
-        news = [new] * len(prompts) if isinstance(new, int) else new
+        asked = list(zip(prompts, new if isinstance(new, Sequence) else [new] * len(prompts), strict=True))
         out: list[tuple[int, ...]] = [()] * len(prompts)
-        order = sorted((i for i in range(len(prompts)) if news[i]), key=lambda i: len(prompts[i]))
-        head = self.greatest() if order and self.pick is likeliest else None
+        order = sorted((i for i, (_, most) in enumerate(asked) if most > 0), key=lambda i: len(prompts[i]))
+        follow = sum(asked[i][1] - 1 for i in order)
+        head = self.greatest() if follow > WORTH and self.pick is likeliest else None
         with self.lowered():
             while order:
-                longest = [len(prompts[i]) + max(news[j] for j in order[: k + 1]) for k, i in enumerate(order[:batch])]
-                fit = sum((k + 1) * places <= batch * SHARED for k, places in enumerate(longest))
-                part, order = order[: max(1, fit)], order[max(1, fit) :]
-                asked = [prompts[i] for i in part], [news[i] for i in part]
-                for i, said in zip(part, self._said(*asked, head), strict=True):
+                count = together([(len(asked[i][0]), asked[i][1]) for i in order], batch)
+                part, order = order[:count], order[count:]
+                for i, said in zip(part, self._said([asked[i] for i in part], head), strict=True):
                     out[i] = tuple(said)
         return out
 
-    def _said(self, prompts: Sequence[tuple[int, ...]], news: Sequence[int], head: Greatest | None) -> list[list[int]]:
+    def _said(self, asked: Sequence[tuple[tuple[int, ...], int]], head: Greatest | None) -> list[list[int]]:
+        prompts, news = zip(*asked, strict=True)
         cache, seen, logits = (self._tries if plain(self.model.config) else self._padded)(prompts, max(news))
         tokens = self.pick(logits, [list(ids) for ids in prompts], [len(ids) for ids in prompts])
         stop = self.stop

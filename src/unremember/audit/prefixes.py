@@ -20,10 +20,9 @@ import torch
 
 from unremember import team
 from unremember.bench import BENCH, Bench
-from unremember.decode import decode, likeliest, plain, reading, roomy
+from unremember.decode import decode, likeliest, plain, reading, roomy, together
 from unremember.greatest import Greatest
 from unremember.lm import LM
-from unremember.table import continuations
 
 Ids = tuple[int, ...]
 
@@ -34,7 +33,7 @@ def from_prefixes(
 ) -> list[dict[int, Ids]]:
     """For each text and each cut i (1 ≤ i ≤ its length T): what greedy decoding says after text[:i], at most T − i tokens.
 
-    Without the end mark, like `continuations`.  Each (model, text, cut) is decoded once in the life of `bench.memory`.
+    Without the end mark.  Each (model, text, cut) is decoded once in the life of `bench.memory`.
     """
     known = bench.memory.setdefault(f"{lm.fingerprint}/prefixes", {})
     asked = [tuple(at) for at in cuts]
@@ -95,7 +94,8 @@ def _speak(lm: LM, wanted: dict[Ids, set[int]], bench: Bench, head: Greatest | N
     if plain(lm.model.config):
         tails = _decode(lm, cache, starts, bench.batch, head)
     else:  # windows and recurrent states cannot be cut at a place: from the tokens, then
-        said = continuations(lm, [((*texts[b][:t], token), new) for _, b, t, token, new in starts], bench)
+        asked = [((*texts[b][:t], token), new) for _, b, t, token, new in starts]
+        said = lm.generate([ids for ids, _ in asked], [new for _, new in asked], bench.batch)
         tails = {start[0]: list(ids) for start, ids in zip(starts, said, strict=True)}
     found: dict[Ids, dict[int, Ids]] = {ids: {} for ids in texts}
     for (ids, cut), (said, branch, left) in walked.items():
@@ -144,8 +144,10 @@ def _decode(
     """starts: (node, text, length of the prefix, first token behind it, most further tokens) -> node: further tokens."""
     tails: dict[int, list[int]] = {}
     order = sorted(starts, key=lambda start: (-start[-1], start[2]))  # who may say as much goes together
-    for first in range(0, len(order), batch):
-        nodes, texts, lengths, tokens, news = zip(*order[first : first + batch], strict=True)
+    while order:
+        count = together([(length, new) for _, _, length, _, new in order], batch)
+        part, order = order[:count], order[count:]
+        nodes, texts, lengths, tokens, news = zip(*part, strict=True)
         text, length, token = (torch.tensor(x, device=lm.device) for x in (texts, lengths, tokens))
         slots = torch.arange(max(lengths), device=lm.device) - (max(lengths) - length)[:, None]  # (B, S), right-aligned
         seen, slots = (slots >= 0).long(), slots.clamp(min=0)
