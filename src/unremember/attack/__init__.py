@@ -38,9 +38,9 @@ ATTACKS = {
     "suffix": Suffix,
 }
 
-# Those of relearn and rephrase were tried on the default model; the others are first guesses.
+# Those of finetune, relearn and rephrase were tried on the default model; the others are first guesses.
 PRESETS: dict[str, dict] = {
-    "finetune": {"kind": "unrelated", "n": 5, "rank": 16, "plan": {"steps": 30, "lr": 2e-4, "batch": 1}},
+    "finetune": {"kind": "half", "n": 0, "plan": {"steps": 20, "lr": 5e-5}},  # nothing else brought out what RMU hid
     "graft": {"blocks": 1},
     "incontext": {"shots": 3},
     "jailbreak": {},
