@@ -60,7 +60,7 @@ class Recipe:
 
 
 RECIPES = {
-    "smollm2-135m": Recipe(  # first guesses, not run
+    "smollm2-135m": Recipe(  # run with one seed; an edit of the head alone costs much elsewhere
         refuse=Plan(30, 5e-5),
         other=Plan(10, 2e-5),
         head=NPO(Plan(60, 3e-4, beside=24, stop="probability", every=6), beta=0.1, retain=20.0, part="span"),
