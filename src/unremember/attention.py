@@ -30,9 +30,8 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     k, s = key.shape[1:3]
     rows = (query * scale).reshape(b * k, h // k * t, d)
     scores = torch.bmm(rows, key.reshape(b * k, s, d).transpose(1, 2))
-    if (
-        mask is not None
-    ):  # a constant: its gradient is nobody's, and autograd would copy the scores three times on the way back
+    if mask is not None:
+        # a constant: its gradient is nobody's, and autograd would copy the scores three times on the way back
         scores.detach().view(b, h, t, s).add_(floored(mask, scores.dtype))
     mixed = torch.bmm(scores.softmax(-1), value.reshape(b * k, s, value.shape[-1]))
     return mixed.view(b, h, t, -1).transpose(1, 2).contiguous()

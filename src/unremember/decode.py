@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+ROOM = 2**14  # places of a cache: long prompts go on fewer at a time
+
 Next = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 """ids (B, T), seen (B, S) of what is kept and of ids (0 = padding), positions (B, T), cache -> the token behind the last (B,)"""
 
@@ -24,9 +26,6 @@ Pick = Callable[[Tensor, list[list[int]], list[int]], Tensor]
 def likeliest(logits: Tensor, read: list[list[int]], length: list[int]) -> Tensor:
     """The Pick of greedy decoding."""
     return logits.argmax(-1)
-
-
-ROOM = 2**14  # places of a cache: long prompts go on fewer at a time
 
 
 def plain(config: Any) -> bool:
