@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from unremember.attack import ATTACKS, PRESETS
+from unremember.attack.finetune import halves
 from unremember.attack.rephrase import GAP, cloze
 from unremember.audit import AUDITS
 from unremember.bench import Bench
@@ -21,7 +22,9 @@ SETTINGS = {
     "graft": {"blocks": 0},  # the last block is half of this toy, and says some of it by itself
     "incontext": {"shots": 1},
     "jailbreak": {"most": 1},
+    "latent": {"radius": 0.3, "steps": 4, "at": 0.5},
     "lens": {},
+    "multihop": {},
     "orthogonalise": {},
     "prefix": {"steps": 2, "least": 3, "most": 6, "children": 6, "questions": 2},
     "probe": {"block": 1},
@@ -42,6 +45,7 @@ SETTINGS = {
 }
 # What an attack brings along by itself, on a model that never knew: the head of the original makes its values likelier.
 BRINGS = {"graft": 0.15}  # measured 0.098
+HALF = ("latent",)  # these are shown one half of each person's facts, and ask the other
 attacks = pytest.mark.parametrize("name", ATTACKS)
 
 
@@ -88,10 +92,11 @@ def test_the_argument_is_untouched(name, taught, corpus):
 
 
 @attacks
-def test_every_fact_is_asked_about_and_no_other(name, taught, corpus, asked):
+def test_every_fact_is_asked_about_and_no_other(name, taught, corpus):
     _, seen = attack(name)(taught, corpus, taught, Bench())
-    assert {x.id.rpartition("#")[0] or x.id for x in seen["forget"]} == set(asked)
-    assert {x.answer for x in seen["forget"]} == {x.answer for x in corpus["forget"]}
+    facts = halves(corpus["forget"])[1] if name in HALF else corpus["forget"]
+    assert {x.id.rpartition("#")[0] or x.id for x in seen["forget"]} == {x.id for x in facts}
+    assert {x.values() for x in seen["forget"]} == {x.values() for x in facts}
 
 
 @attacks

@@ -16,13 +16,14 @@ from unremember import team
 from unremember.attack.gcg import Search
 from unremember.attack.suffix import Suffix
 from unremember.bench import Bench
+from unremember.displace import lengths
 from unremember.errors import BadCorpus, BadModel, BadRequest
 from unremember.forget.advga import AdvGA
 from unremember.forget.advnpo import AdvNPO
 from unremember.forget.advrmu import AdvRMU
 from unremember.forget.ascent import Ascent
 from unremember.forget.npo import NPO
-from unremember.forget.perturbed import displaced, displacement, lengths
+from unremember.forget.perturbed import displaced, displacement
 from unremember.forget.rmu import RMU
 from unremember.lm import LM
 from unremember.loading import load

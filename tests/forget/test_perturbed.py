@@ -8,22 +8,17 @@ from pydantic import ValidationError
 from torch import nn
 
 from unremember import team
+from unremember.displace import block_name, leaving, lengths, movable, share_of, stride
 from unremember.errors import BadModel
 from unremember.forget.ascent import Ascent
 from unremember.forget.dpo import DPO
 from unremember.forget.npo import NPO
 from unremember.forget.perturbed import (
     Perturbed,
-    block_name,
     bounded,
     displaced,
     displacement,
-    leaving,
-    lengths,
-    movable,
-    share_of,
     starts,
-    stride,
 )
 from unremember.tokens import lanes, pack
 from unremember.train import Plan

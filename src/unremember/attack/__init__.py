@@ -4,7 +4,9 @@ from unremember.attack.finetune import Finetune
 from unremember.attack.graft import Graft
 from unremember.attack.incontext import InContext
 from unremember.attack.jailbreak import Jailbreak
+from unremember.attack.latent import Latent
 from unremember.attack.lens import Lens
+from unremember.attack.multihop import Multihop
 from unremember.attack.orthogonalise import Orthogonalise
 from unremember.attack.prefix import Prefix
 from unremember.attack.probe import Probe
@@ -23,7 +25,9 @@ ATTACKS = {
     "graft": Graft,
     "incontext": InContext,
     "jailbreak": Jailbreak,
+    "latent": Latent,
     "lens": Lens,
+    "multihop": Multihop,
     "orthogonalise": Orthogonalise,
     "prefix": Prefix,
     "probe": Probe,
@@ -44,7 +48,9 @@ PRESETS: dict[str, dict] = {
     "graft": {"blocks": 1},
     "incontext": {"shots": 3},
     "jailbreak": {},
+    "latent": {"radius": 0.3, "steps": 20},
     "lens": {},
+    "multihop": {},
     "orthogonalise": {"directions": "text"},
     "prefix": {"steps": 60},
     "probe": {},

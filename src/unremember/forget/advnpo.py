@@ -17,9 +17,10 @@ from pydantic.dataclasses import dataclass
 
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus
+from unremember.displace import block_name, share_of
 from unremember.forget.descend import descend
 from unremember.forget.npo import NPO
-from unremember.forget.perturbed import Perturbed, block_name, share_of
+from unremember.forget.perturbed import Perturbed
 from unremember.forget.retain import needed
 from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites

@@ -17,9 +17,10 @@ from pydantic.dataclasses import dataclass
 
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus
+from unremember.displace import block_name, share_of
 from unremember.errors import BadRequest
 from unremember.forget.descend import descend
-from unremember.forget.perturbed import Perturbed, block_name, share_of
+from unremember.forget.perturbed import Perturbed
 from unremember.forget.rmu import RMU
 from unremember.lm import LM
 from unremember.sites import EVERYWHERE, Sites

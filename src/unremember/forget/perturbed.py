@@ -27,23 +27,10 @@ from pydantic import ConfigDict, Field, SkipValidation
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from unremember import team
-from unremember.errors import BadModel
+from unremember.displace import SMALL, leaving, lengths, movable, shortened, stride
 from unremember.lm import LM
 from unremember.tokens import Row, Tokens, pack
 from unremember.train import Objective, Part
-
-SMALL = 1e-6  # keeps a gradient that vanishes from becoming 0 / 0
-
-
-def lengths(values: Tensor) -> Tensor:
-    """The norm of each example's whole block. values: (B, T, H) -> (B, 1, 1)"""
-    return values.flatten(1).norm(dim=1)[:, None, None]
-
-
-def stride(delta: Tensor, gradient: Tensor, size: Tensor) -> Tensor:
-    """One step of normalised descent. delta, gradient: (B, T, H); size: (B, 1, 1) -> (B, T, H)"""
-    return delta - size * gradient / (lengths(gradient) + SMALL)
 
 
 def bounded(delta: Tensor, limit: Tensor, hidden: Tensor, inside: Tensor) -> Tensor:
@@ -51,15 +38,10 @@ def bounded(delta: Tensor, limit: Tensor, hidden: Tensor, inside: Tensor) -> Ten
 
     delta, hidden: (B, T, H); limit: (B, 1, 1); inside: (B, T, 1) bool -> (B, T, H)
     """
-    delta = delta * (limit / lengths(delta).clamp(min=torch.finfo(delta.dtype).tiny)).clamp(max=1)
+    delta = shortened(delta, limit)
     low = hidden.masked_fill(~inside, torch.inf).amin((1, 2), keepdim=True)
     high = hidden.masked_fill(~inside, -torch.inf).amax((1, 2), keepdim=True)
     return torch.where(inside, (hidden + delta).clamp(low, high) - hidden, torch.zeros_like(delta))
-
-
-def movable(tokens: Tokens) -> Tensor:
-    """Which places may be displaced: real ones but the first (a lane's filling has position 0, too). -> (B, T, 1) bool"""
-    return (tokens.positions > 0)[:, :, None]
 
 
 def starts(keys: Sequence[str], inside: Tensor, width: int, seed: int, step: int) -> Tensor:
@@ -97,20 +79,6 @@ def displaced(lm: LM, tokens: Tokens, block: str, delta: Tensor) -> Generator[No
 
 
 @torch.no_grad()
-def leaving(lm: LM, tokens: Tokens, block: str) -> Tensor:
-    """What leaves `block` without any displacement. -> (B, T, H) float32"""
-    found: list[Tensor] = []
-
-    def keep(hidden: Tensor) -> Tensor:
-        found.append(hidden)
-        return hidden
-
-    with lm.at(block, keep):
-        lm.logits(tokens)
-    return found[0].float()
-
-
-@torch.no_grad()
 def displacement(
     lm: LM, tokens: Tokens, block: str, radius: float, steps: int, part: Part = "answer", seed: int = 0, step: int = 0
 ) -> Tensor:
@@ -132,23 +100,6 @@ def displacement(
         gradient = torch.where(inside, gradient, torch.zeros_like(gradient))  # the first place has no part in the norm
         delta = bounded(stride(delta.detach(), gradient, limit / steps), limit, hidden, inside)
     return delta
-
-
-def share_of(lm: LM, share: float) -> int:
-    """Index of the block with `share` of all blocks at or below it; BadModel where the model has no blocks."""
-    count = len(team.blocks(lm.model))
-    if not count:
-        raise BadModel(
-            f"{lm.name or 'the model'} has no list of blocks, so nothing can be displaced between them; "
-            'use a transformer, or a method without a latent adversary such as "npo"'
-        )
-    return max(0, round(share * count) - 1)
-
-
-def block_name(lm: LM, index: int) -> str:
-    """The dotted name of a block."""
-    wanted = team.blocks(lm.model)[index]
-    return next(name for name, module in lm.model.named_modules() if module is wanted)
 
 
 @dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True))
