@@ -1,7 +1,7 @@
 """`python -m benchmarks.verdict --model tiny --seeds 3`: is the verdict right on models whose truth is known?
 
 For each seed other people are made up and an original and its never-taught control are taught, as in the demo; every case of
-embedded/liars.py is then judged like any other model, unattacked and under the demo's attacks or those that are named.
+embedded/liars.py is then judged like any other model, unattacked and under four attacks or those that are named.
 Printed: what was said, case by attack, and the rates of error with n and Wilson's 95 % interval over cases; a second opinion on
 every case, which the verdict does not know: told half of the forgotten facts, the share of the other half that comes back
 (0 = never taught, 1 = the original).  A case that was heard is kept beside the result, and the same command goes on from there.
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from unremember.attack import ATTACKS, SUITES
+from unremember.attack import ATTACKS, SUITES, Finetune
 from unremember.attack import PRESETS as SETTINGS
 from unremember.bench import Bench
 from unremember.demo import PRESETS, Base, known, pair, taught
@@ -81,10 +81,16 @@ def trial(
     original, never = (load(str(folders[who]), precision=precision) for who in ("original", "never-taught"))
     corpus = people.with_roles(prose=prose(), world=known(base, p.worlds), replay=replay())
     attacks = {name: TypeAdapter(ATTACKS[name]).validate_python(SETTINGS[name]) for name in names}
-    attacks |= {name: own for name, own in (("relearn", p.relearn), ("rephrase", p.rephrase)) if name in names}
+    recipe = RECIPES[model]
+    own = {
+        "finetune": Finetune("half", recipe.back, n=0),
+        "relearn": p.relearn,
+        "rephrase": p.rephrase,
+    }
+    attacks |= {name: attack for name, attack in own.items() if name in names}
     court = Court(original, never, corpus, attacks)
     school = School(base.lm, p.teach, corpus, p.wordings, bench)
-    recipe, found, back = RECIPES[model], [], {}
+    found, back = [], {}
     ends: list[float] = []
     for name, truth, make in liars(school, original, recipe, seed):
         if only and only not in name:
@@ -113,7 +119,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.verdict", description=__doc__)
     parser.add_argument("--model", choices=sorted(RECIPES), default="tiny")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--attacks", default="graft,relearn,rephrase", help="comma-separated, or the name of a suite")
+    parser.add_argument(
+        "--attacks", default="finetune,graft,relearn,rephrase", help="comma-separated, or the name of a suite"
+    )
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--no-opinion", action="store_true", help="leave out the second opinion")
     parser.add_argument("--keep", type=Path, help="a folder in which all run folders stay")

@@ -334,9 +334,9 @@ def test_the_court_uses_the_ordinary_run_folder(court, taught, tmp_path, monkeyp
     from unremember import run
 
     measured = []
-    ordinary = run.Run.measure
+    ordinary = run.Run.store
     monkeypatch.setattr(
-        run.Run, "measure", lambda self, path, *rest: measured.append(path.name) or ordinary(self, path, *rest)
+        run.Run, "store", lambda self, path, *rest: measured.append(path.name) or ordinary(self, path, *rest)
     )
     quick = replace(court, attacks={})
     first = quick.hear(Case("a", REMEMBERED), taught, tmp_path, Bench())

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ from unremember import run as room
 from unremember import table
 from unremember import train as trainer
 from unremember.attack import Relearn, Rephrase
+from unremember.attack.finetune import halves
 from unremember.audit import AUDITS, EVIDENCE, UTILITY
 from unremember.bench import Bench
 from unremember.corpus import Corpus
@@ -176,12 +178,13 @@ def remade(copied, monkeypatch):
     def pieces(request: Request) -> set[str]:
         found = set()
 
-        def measure(self, path, made_from, lm, corpus, names, by=None, spent=0.0):
+        def store(self, path, made_from, seconds, scores, more):
             found.add(str(path.relative_to(self.out)))
             write_json(path, {"fingerprint": made_from})
 
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "measure", measure)
+            patch.setattr(Run, "measure", lambda self, lm, corpus, names, by=None: ([], {}, 0.0))
+            patch.setattr(Run, "store", store)
             patch.setattr(Run, "lm", lambda self, who: None)
             patch.setattr(Run, "forget", lambda self: found.add("model") if not self.forgotten() else None)
             patch.setattr(
@@ -573,6 +576,30 @@ def test_an_attack_that_does_not_apply_is_a_piece_that_says_so(late, demo_run, t
     piece = json.loads((folder / "attack" / name / "original.json").read_text())
     assert piece["refused"] == ("no such level" if late else "nothing differs") and piece["scores"] == []
     assert run.kept(*run.attacked(name, "original"))  # not tried again
+
+
+def test_an_attack_of_two_turns_asks_every_fact_once_and_retained_ones_in_both(demo_run, tmp_path):
+    from unremember.attack import Latent
+
+    folder, both = tmp_path / "run", Latent(radius=0.1, steps=2, at=0.5)
+    shutil.copytree(demo_run.folder, folder)
+    run = Run(replace(demo_run.request, out=folder, attacks={"latent": both}))
+    run.attack("latent", "forgotten")
+    piece = read_json(folder / "attack" / "latent" / "forgotten.json")
+    found = {s["name"]: s["per_example"] for s in piece["scores"]}
+    lm, original = run.lm("forgotten"), run.lm("original")
+    fewer = run.measured.with_roles(retain=run.request.corpus["retain"][: len(run.request.corpus["forget"])])
+    apart = [AUDITS["value probability"](*turn(lm, fewer, original, Bench()), Bench()) for turn in both.turns]
+    forget, retain = ({x.id for x in fewer[role]} for role in ("forget", "retain"))
+    assert [set(score.per_example) & forget for score in apart] == [
+        {x.id for x in h} for h in reversed(halves(fewer["forget"]))
+    ]
+    for key, value in found["value probability"].items():
+        assert value == pytest.approx(np.mean([s.per_example[key] for s in apart if key in s.per_example]), abs=1e-5)
+    assert set(found["value probability"]) >= forget and forget <= {*piece["answers"]} <= forget | retain
+    report = execute(replace(run.request, attacks={"latent": both}), stages=("attack", "report"))
+    [under] = [c for c in report["conditions"] if c["attack"] == "latent"]
+    assert all(x["n"] == len(forget) for x in under["overall"]["evidence"] if x["score"] == "value probability")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from unremember.score import (
     model_utility,
     overall,
     summary,
+    together,
 )
 
 
@@ -43,6 +44,19 @@ def test_variants_of_a_fact_count_as_its_best_one():
 def test_an_id_may_hold_the_sign_of_a_variant():
     score = Score("s", "", "", {"page#1": 0.2, "page#2": 0.9, "page#2#gap": 1.0})
     assert score.over(["page#1", "page#2"]) == {"page#1": 0.2, "page#2": 1.0}
+
+
+def test_turns_are_put_together_by_hand():
+    """What one turn alone asked stays; what several did has the mean, a value a turn."""
+    one = [Score("s", "one", "up", {"a": 0.2, "r": 1.0}), Score("t", "", "", {"r": 3.0})]
+    other = [Score("s", "other", "up", {"b": 0.4, "r": 0.0}), Score("t", "", "", {"r": 4.0})]
+    assert together([one, other]) == [
+        Score("s", "one", "up", {"a": 0.2, "r": 0.5, "b": 0.4}),
+        Score("t", "", "", {"r": 3.5}),
+    ]
+    assert together([one]) == one
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        together([one, other[:1]])
 
 
 def test_a_summary_is_mean_interval_and_count():

@@ -36,6 +36,7 @@ from unremember.loading import auto_precision, check, load
 from unremember.locate.ranking import Ranking, select
 from unremember.machine import peak_memory
 from unremember.request import Request
+from unremember.score import Score, together
 from unremember.sites import EVERYWHERE, Sites
 from unremember.table import recalled, saved
 
@@ -202,20 +203,15 @@ class Run:
         if self.kept(path, made_from):
             return
         self.title(f"audit the {who} model" if who != "never" else "audit the never-taught model")
-        self.measure(path, made_from, self.lm(who), self.measured, self.request.audits)
+        began = time.monotonic()
+        scores, answers, _ = self.measure(self.lm(who), self.measured, self.request.audits)
+        self.store(path, made_from, time.monotonic() - began, scores, {"answers": answers})
 
     def measure(
-        self,
-        path: Path,
-        made_from: str,
-        lm: LM,
-        corpus: Corpus,
-        names: tuple[str, ...],
-        by: Any = None,
-        spent: float = 0.0,
-    ) -> None:
-        """Audits of one model, written as a piece.  by: an attack that reads some of them itself; spent: its seconds so far."""
-        began, scores = time.monotonic(), []
+        self, lm: LM, corpus: Corpus, names: tuple[str, ...], by: Any = None
+    ) -> tuple[list[Score], dict[str, str], float]:
+        """Scores and answers of one model.  by: an attack that reads some scores itself; it took so many seconds."""
+        scores, spent = [], 0.0
         for at, name in enumerate(names):
             if not corpus.of(*AUDITS[name].roles):
                 continue
@@ -224,20 +220,23 @@ class Run:
             since = time.monotonic()
             score = ways(AUDITS[name], lm, corpus, self.bench)
             spent += (time.monotonic() - since) * (name in getattr(by, "reads", ()))
-            scores.append(asdict(score))
+            scores.append(score)
         shown = corpus.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
         answers = spoken(lm, shown, ("forget", "retain"), self.bench)
         self.bench.say("", len(names), len(names), {})
-        piece = {"fingerprint": made_from, "seconds": time.monotonic() - began, "scores": scores, "answers": answers}
-        if by is not None:
-            piece["spent"] = spent
         if team.rank() == 0:
-            write_json(path, piece)
             for who, own in self.loaded.items():
                 if own.fingerprint == lm.fingerprint:
                     place, from_what = self.memory(who)
                     known = {"fingerprint": from_what} | saved(own, self.bench)
                     write_text(place, json.dumps(known, separators=(",", ":")))
+        return scores, answers, spent
+
+    def store(self, path: Path, made_from: str, seconds: float, scores: list[Score], more: dict[str, Any]) -> None:
+        """Write a piece."""
+        if team.rank() == 0:
+            piece = {"fingerprint": made_from, "seconds": seconds, "scores": [asdict(score) for score in scores]}
+            write_json(path, piece | more)
         team.wait()
 
     def locate(self) -> None:
@@ -320,20 +319,24 @@ class Run:
         fewer = self.measured.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
         names = tuple(n for n in AUDITS if n in (*EVIDENCE, *UTILITY))
         target, original = self.lm(who), self.lm("original")
-        began = time.monotonic()
+        began, spent, parts = time.monotonic(), 0.0, []
+        answers: dict[str, str] = {}
         try:
-            # one that reads is an adversary who asks the model as it is, again and again
-            lm, seen = (target, fewer) if hasattr(attack, "reads") else attack(target, fewer, original, self.bench)
-            self.measure(path, made_from, lm, seen, names, attack, time.monotonic() - began)
-        except (
-            NotApplicable,
-            BadCorpus,
-            BadModel,
-        ) as why:  # of a request's own attacks the latter two were refused before
-            if team.rank() == 0:
-                empty = {"scores": [], "answers": {}, "seconds": time.monotonic() - began, "refused": str(why)}
-                write_json(path, {"fingerprint": made_from} | empty)
-            team.wait()
+            for turn in getattr(attack, "turns", (attack,)):
+                since = time.monotonic()
+                # one that reads is an adversary who asks the model as it is, again and again
+                lm, seen = (target, fewer) if hasattr(turn, "reads") else turn(target, fewer, original, self.bench)
+                spent += time.monotonic() - since
+                scores, said, reading = self.measure(lm, seen, names, turn)
+                spent += reading
+                parts.append(scores)
+                answers = said | answers
+        # of a request's own attacks the latter two were refused before
+        except (NotApplicable, BadCorpus, BadModel) as why:
+            self.store(path, made_from, time.monotonic() - began, [], {"answers": {}, "refused": str(why)})
+        else:
+            found = {"answers": answers, "spent": spent}
+            self.store(path, made_from, time.monotonic() - began, together(parts), found)
 
 
 def lay(source: Path, target: Path) -> None:

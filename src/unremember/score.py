@@ -11,7 +11,7 @@ whether what should stay has stayed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Annotated
 
@@ -46,6 +46,18 @@ class Score:
             if fact in wanted:
                 found[fact] = max(value, found.get(fact, -np.inf))
         return found
+
+
+def together(parts: Sequence[Sequence[Score]]) -> list[Score]:
+    """The scores of an attack that is made in several turns; an example that was asked in several has the mean of its values."""
+    out = []
+    for scores in zip(*parts, strict=True):
+        values: dict[str, list[float]] = {}
+        for score in scores:
+            for key, value in score.per_example.items():
+                values.setdefault(key, []).append(value)
+        out.append(replace(scores[0], per_example={key: float(np.mean(found)) for key, found in values.items()}))
+    return out
 
 
 def interval(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -22,7 +22,7 @@ SETTINGS = {
     "graft": {"blocks": 0},  # the last block is half of this toy, and says some of it by itself
     "incontext": {"shots": 1},
     "jailbreak": {"most": 1},
-    "latent": {"radius": 0.3, "steps": 4, "at": 0.5},
+    "latent": {"radius": 0.3, "steps": 4, "at": 0.5, "fold": 0},
     "lens": {},
     "multihop": {},
     "orthogonalise": {},

@@ -26,7 +26,7 @@ kinds = pytest.mark.parametrize("kind", ["retain", "unrelated", "half"])
 
 def finetune(kind: str = "half", **settings) -> Finetune:
     n = {"retain": 10, "unrelated": 4, "half": 0}[kind]
-    return Finetune(**{"kind": kind, "n": n, "plan": PLAN} | settings)
+    return Finetune(**{"kind": kind, "n": n, "plan": PLAN, "fold": 0} | settings)
 
 
 def said(lm, corpus: Corpus) -> dict[str, float]:
@@ -157,6 +157,17 @@ def test_texts_are_drawn_by_the_seed(corpus):
     one, other = (finetune("retain", n=3, plan={**PLAN, "seed": seed}).shown(corpus)[0] for seed in (0, 1))
     assert one != other and one == finetune("retain", n=3).shown(corpus)[0]
     assert finetune("retain", n=2).shown(corpus)[0] == one[:2]
+
+
+def test_both_halves_are_two_attacks_and_other_kinds_one(taught, corpus):
+    both = finetune(fold=None)
+    assert both.turns == (finetune(fold=0), finetune(fold=1)) and finetune(fold=1).turns == (finetune(fold=1),)
+    assert finetune("retain", fold=None).turns == (finetune("retain", fold=None),)
+    both.check(corpus)
+    with pytest.raises(BadRequest, match="set fold = 0 or 1, or call each of its turns"):
+        both(taught, corpus, taught, Bench())
+    with pytest.raises(BadCorpus, match="finds 0 texts"):  # one fold alone could do it
+        both.check(Corpus({"forget": (*facts(1), Example("b0", "b0?", "value-a0.", entity="b"))}))
 
 
 # ── bad input ──

@@ -52,7 +52,7 @@ def slowly(lm, examples, radius, steps):
 
 def test_it_finds_what_a_slow_loop_finds(moved, corpus):
     small = corpus.with_roles(forget=corpus["forget"][:4])
-    attack = Latent(radius=0.2, steps=3, at=0.5)
+    attack = Latent(radius=0.2, steps=3, at=0.5, fold=0)
     shown = attack.shown(small)
     expected, eps = slowly(moved, shown, 0.2, 3)
     attacked, _ = attack(moved, small, moved, Bench())
@@ -72,7 +72,7 @@ def test_one_half_is_shown_and_the_other_asked(fold, taught, corpus):
 
 @pytest.mark.parametrize("radius", [0.05, 0.5])
 def test_it_stays_within_its_ball_and_makes_what_it_is_shown_likelier(radius, moved, corpus):
-    attack = Latent(radius=radius, steps=5, at=0.5)
+    attack = Latent(radius=radius, steps=5, at=0.5, fold=0)
     attacked, _ = attack(moved, corpus, moved, Bench())
     rows = moved.template.rows(attack.shown(corpus), moved.limit)
     eps = float(radius * typical(moved, BLOCK, rows))
@@ -90,15 +90,23 @@ def test_what_a_refuser_hides_is_said_again_and_nothing_by_a_model_that_never_kn
     """Of the half that it was not fitted to; measured 1.0 of the values, none without it."""
 
     def said(lm):
-        attacked, seen = Latent(radius=0.1, steps=20, at=0.5)(lm, corpus, taught, Bench())
+        attacked, seen = Latent(radius=0.1, steps=20, at=0.5, fold=0)(lm, corpus, taught, Bench())
         found = AUDITS["said"](attacked, Corpus({"forget": seen["forget"]}), Bench())
         return float(np.mean(list(found.over([x.id for x in seen["forget"]]).values())))
 
     assert said(hider) >= 0.5 and said(never) == 0
 
 
+def test_both_halves_are_two_attacks(taught, corpus):
+    both = Latent(radius=0.2, steps=2)
+    assert both.turns == (Latent(radius=0.2, steps=2, fold=0), Latent(radius=0.2, steps=2, fold=1))
+    both.check(corpus)
+    with pytest.raises(BadRequest, match="set fold = 0 or 1, or call each of its turns"):
+        both(taught, corpus, taught, Bench())
+
+
 def test_what_tells_an_asked_value_is_not_shown(taught, corpus):
-    attack = Latent(radius=0.2, steps=2)
+    attack = Latent(radius=0.2, steps=2, fold=0)
     first, other = attack.shown(corpus)[0], halves(corpus["forget"])[1][0]
     told = replace(first, prompt=f"{first.prompt} Not {other.values()[0]}?")
     leaking = corpus.with_roles(forget=[told if x.id == first.id else x for x in corpus["forget"]])
@@ -109,7 +117,7 @@ def test_what_tells_an_asked_value_is_not_shown(taught, corpus):
 def test_bad_input_is_refused_before_anything_is_computed(taught, corpus):
     lone = corpus.with_roles(forget=[replace(corpus["forget"][0], entity="somebody")])
     with pytest.raises(BadCorpus, match="people with one fact each"):
-        Latent(radius=0.2, steps=2)(taught, lone, taught, Bench())
+        Latent(radius=0.2, steps=2, fold=0)(taught, lone, taught, Bench())
     a, b = corpus["forget"][:2]
     same = [a, replace(b, answer=f"{b.answer} {a.values()[0]}", spans=(*b.spans,))]
     shown = Latent(radius=0.2, steps=2, fold=1).shown(corpus.with_roles(forget=same))
@@ -122,9 +130,12 @@ def test_bad_input_is_refused_before_anything_is_computed(taught, corpus):
             Latent(**{"radius": 0.2, "steps": 2} | wrong)
 
 
-def test_a_search_that_finds_nothing_is_an_error(taught, corpus):
+def test_a_search_that_finds_nothing_is_an_error_unless_everything_is_known(taught, never, corpus):
+    wild = Latent(radius=100.0, steps=1, at=0.5, fold=0)
+    attacked, _ = wild(taught, corpus, taught, Bench())
+    assert not vector(attacked).any()
     with pytest.raises(BadRequest, match="nothing was attacked"):
-        Latent(radius=100.0, steps=1, at=0.5)(taught, corpus, taught, Bench())
+        wild(never, corpus, taught, Bench())
 
 
 def test_a_model_that_is_broken_is_an_error(taught, corpus):
@@ -132,4 +143,4 @@ def test_a_model_that_is_broken_is_an_error(taught, corpus):
     with torch.no_grad():
         broken.model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(BadModel, match="not finite"):
-        Latent(radius=0.2, steps=1, at=0.5)(broken, corpus, taught, Bench())
+        Latent(radius=0.2, steps=1, at=0.5, fold=0)(broken, corpus, taught, Bench())

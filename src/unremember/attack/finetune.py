@@ -36,6 +36,7 @@ from unremember.table import read
 from unremember.tokens import Row, Tokens
 from unremember.train import STRICT, Plan, train
 
+Fold = Literal[0, 1] | None  # which half is shown; None = both, in turn
 Kind = Literal["retain", "unrelated", "half"]
 ROLE = {"retain": "retain", "unrelated": "prose", "half": "forget"}  # where the texts come from
 ASKED = ("forget", "holdout")
@@ -55,6 +56,17 @@ def halves(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Exam
         out[(seen[x.entity] + entities.index(x.entity)) % 2].append(x)
         seen[x.entity] += 1
     return tuple(out[0]), tuple(out[1])
+
+
+def parted(corpus: Corpus, fold: Fold) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The forgotten facts that are shown, and those that are asked.  BadRequest without a fold."""
+    if fold is None:
+        raise BadRequest(
+            "the attack is shown one half of each person's facts at a time, and fold is None: set fold = 0 or 1, or call each "
+            "of its turns"
+        )
+    found = halves(corpus["forget"])
+    return found[fold], found[1 - fold]
 
 
 @plain(frozen=True)
@@ -93,7 +105,8 @@ class Curve:
 class Finetune:
     """kind: texts to 'retain', 'unrelated' prose, or one 'half' of each person's forgotten facts.  n: how many, 0 = all.
 
-    rank: of the adapter, 0 = all weights move.  alpha: its scale is alpha / rank.  fold: which half is shown, 0 or 1.
+    rank: of the adapter, 0 = all weights move.  alpha: its scale is alpha / rank.  fold: which half is shown, 0 or 1; None =
+    both in turn, each to a copy of its own, so that every fact is asked once: call each of `turns`, as a run does.
     """
 
     kind: Kind
@@ -101,15 +114,25 @@ class Finetune:
     n: Annotated[int, Field(ge=0)] = 10
     rank: Annotated[int, Field(ge=0)] = 0
     alpha: Annotated[int, Field(ge=1)] = 16
-    fold: Annotated[int, Field(ge=0, le=1)] = 0
+    fold: Fold = None
 
     needs = ("forget",)
     paper = "Łucki et al. 2024, arXiv 2409.18025"
     summary = "a few steps of finetuning on texts that tell nothing of what is asked"
 
+    @property
+    def turns(self) -> tuple[Finetune, ...]:
+        """The attacks that this one consists of; what is asked after each lies side by side."""
+        both = self.kind == "half" and self.fold is None
+        return (replace(self, fold=0), replace(self, fold=1)) if both else (self,)
+
     def check(self, corpus: Corpus) -> None:
         """BadCorpus where there are too few texts that tell nothing, or nothing is left to be asked."""
         corpus.require("finetune", dict.fromkeys((*self.needs, ROLE[self.kind])))
+        for turn in self.turns:
+            turn._check(corpus)
+
+    def _check(self, corpus: Corpus) -> None:
         if not self._asked(corpus):
             raise BadCorpus(
                 f"finetune on a half has nothing left to ask: the {len(corpus['forget'])} forgotten facts are of people with one "
@@ -131,7 +154,7 @@ class Finetune:
     def shown(self, corpus: Corpus) -> tuple[tuple[Example, ...], list[str]]:
         """The texts of the attack, a draw that hangs on the seed, and the ids of those that say what is asked."""
         values = [v for x in self._asked(corpus) for v in x.values()]
-        pool = halves(corpus["forget"])[self.fold] if self.kind == "half" else corpus.of(ROLE[self.kind])
+        pool = parted(corpus, self.fold)[0] if self.kind == "half" else corpus.of(ROLE[self.kind])
         clean = [x for x in pool if not any(says(f"{x.prompt}\n{x.answer}", v) for v in values)]
         clean.sort(key=lambda x: (zlib.crc32(f"{self.plan.seed} {x.id}".encode()), x.id))
         kept = {x.id for x in clean}
@@ -154,12 +177,11 @@ class Finetune:
         gone = {x.id for x in shown}
         seen = {role: tuple(x for x in examples if x.id not in gone) for role, examples in corpus.items()}
         if self.kind == "half":
-            seen["forget"] = halves(corpus["forget"])[1 - self.fold]
+            seen["forget"] = parted(corpus, self.fold)[1]
         return trained, Corpus(seen)
 
     def _asked(self, corpus: Corpus) -> tuple[Example, ...]:
-        forget = corpus["forget"]
-        return (*(halves(forget)[1 - self.fold] if self.kind == "half" else forget), *corpus.of("holdout"))
+        return (*(parted(corpus, self.fold)[1] if self.kind == "half" else corpus["forget"]), *corpus.of("holdout"))
 
 
 def trace(

@@ -13,6 +13,7 @@ is scored by and writes it into models that were never taught it; the first plac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -21,7 +22,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from unremember.attack.finetune import halves
+from unremember.attack.finetune import KNOWN, Fold, parted
 from unremember.attack.steer import added, steered
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example, says
@@ -38,22 +39,31 @@ REACH = 2.5  # the way of all steps, in radii: enough to come to the border and 
 class Latent:
     """radius: most length of v, in mean lengths of the stream at a place.  at: share of the blocks at or below it.
 
-    fold: which half of each person's facts is shown, 0 or 1.
+    fold: which half of each person's facts is shown, 0 or 1; None = both in turn, as in finetune.py.
     """
 
     radius: Annotated[float, Field(gt=0)]
     steps: Annotated[int, Field(ge=1)]
     at: Annotated[float, Field(gt=0, le=1)] = 0.13
-    fold: Annotated[int, Field(ge=0, le=1)] = 0
+    fold: Fold = None
 
     needs = ("forget",)
     paper = "Yuan et al. 2024, arXiv 2408.10682"
     summary = "one displacement of the residual stream, fitted to half of the facts"
 
+    @property
+    def turns(self) -> tuple[Latent, ...]:
+        """The attacks that this one consists of; what is asked after each lies side by side."""
+        return (replace(self, fold=0), replace(self, fold=1)) if self.fold is None else (self,)
+
     def check(self, corpus: Corpus) -> None:
         """BadCorpus where a half is empty, or everything that could be shown tells what is asked."""
         corpus.require("latent", self.needs)
-        if not halves(corpus["forget"])[1 - self.fold]:
+        for turn in self.turns:
+            turn._check(corpus)
+
+    def _check(self, corpus: Corpus) -> None:
+        if not parted(corpus, self.fold)[1]:
             raise BadCorpus(
                 f"latent is shown half of each person's facts and asks the other half, and the {len(corpus['forget'])} forgotten "
                 "facts are of people with one fact each; add facts, or name their entities"
@@ -66,16 +76,16 @@ class Latent:
 
     def shown(self, corpus: Corpus) -> tuple[Example, ...]:
         """The facts that it is fitted to: those of one half that tell nothing of the other."""
-        parts = halves(corpus["forget"])
-        values = [v for x in parts[1 - self.fold] for v in x.values()]
-        return tuple(x for x in parts[self.fold] if not any(says(f"{x.prompt}\n{x.answer}", v) for v in values))
+        shown, asked = parted(corpus, self.fold)
+        values = [v for x in asked for v in x.values()]
+        return tuple(x for x in shown if not any(says(f"{x.prompt}\n{x.answer}", v) for v in values))
 
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
         self.check(corpus)
-        block = share_of(lm, self.at)
+        asked, block = parted(corpus, self.fold)[1], share_of(lm, self.at)
         rows = lm.template.rows(self.shown(corpus), lm.limit)
         attacked = steered(lm, {block: self._fitted(lm, block_name(lm, block), rows, bench)})
-        return attacked, corpus.with_roles(forget=halves(corpus["forget"])[1 - self.fold])
+        return attacked, corpus.with_roles(forget=asked)
 
     def _fitted(self, lm: LM, block: str, rows: Sequence[Row], bench: Bench) -> Tensor:
         """The best v of all steps. -> (H,)"""
@@ -103,7 +113,7 @@ class Latent:
                     best, least = v, loss
                 bench.say("latent", step, self.steps, {"loss": loss})
                 v = shortened(stride(v, gradient, REACH * limit / self.steps), limit)
-        if least >= first:
+        if least >= first > KNOWN:  # a model that knows them by heart may stay as it is
             raise BadRequest(
                 f"{self.steps} step(s) within radius = {self.radius} leave the loss at {first:.3g} or above, so nothing was "
                 "attacked; take more steps, or another radius"
