@@ -250,6 +250,17 @@ def test_pieces_of_another_request_are_not_mixed_in(copied):
     assert execute(without, stages=("forget", "report"))["run"]["level"] == "holdout examples"
 
 
+def test_an_attack_is_made_with_two_models_at_most(copied, monkeypatch):
+    held, attack = [], Run.attack
+    monkeypatch.setattr(
+        Run, "attack", lambda self, *what: (attack(self, *what), held.append((what, frozenset(self.loaded))))
+    )
+    execute(replace(copied, attacks={"rephrase": Rephrase(wordings=1)}))
+    assert [what for what, _ in held] == [("rephrase", who) for who in WHO]
+    assert [loaded - {"original", who} for (_, who), loaded in held] == [frozenset()] * 3
+    assert all(who in loaded for (_, who), loaded in held)
+
+
 def test_attacks_want_a_forgotten_model(copied):
     with pytest.raises(BadFolder, match="no forgotten model yet"):
         execute(replace(copied, seed=5), stages=("attack",))

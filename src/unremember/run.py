@@ -65,8 +65,9 @@ def execute(request: Request, bench: Bench = BENCH, title: Title = lambda text: 
     if "attack" in stages:
         if not run.forgotten():
             raise BadFolder(f"{request.out} has no forgotten model yet; run `unremember forget` first")
-        for name in request.attacks:
-            for who in run.models:
+        for who in run.models:
+            run.only("original", who)
+            for name in request.attacks:
                 run.attack(name, who)
     if "report" not in stages:
         return {}
@@ -164,6 +165,10 @@ class Run:
             if known and known["fingerprint"] == made_from:
                 recalled(self.loaded[who], known, self.bench)
         return self.loaded[who]
+
+    def only(self, *names: str) -> None:
+        """Let go of all models but these: an attack is handed two, and may work on a copy of one of them."""
+        self.loaded = {who: lm for who, lm in self.loaded.items() if who in names}
 
     def memory(self, who: str) -> tuple[Path, str]:
         """Where a model's readings and answers are kept, since an attack that leaves its weights alone asks much of it again.
