@@ -3,8 +3,9 @@
 For each seed other people are made up and an original and its never-taught control are taught, as in the demo; every case of
 embedded/liars.py is then judged like any other model, unattacked and under four attacks or those that are named.
 Printed: what was said, case by attack, and the rates of error with n and Wilson's 95 % interval over cases; a second opinion on
-every case, which the verdict does not know: told half of the forgotten facts, the share of the other half that comes back
-(0 = never taught, 1 = the original).  A case that was heard is kept beside the result, and the same command goes on from there.
+every case: told half of the forgotten facts, the share of the other half that comes back (0 = never taught, 1 = the original).
+The attack `finetune` takes the same steps, so where it is among the attacks the opinion is no other one.  A case that was heard
+is kept beside the result, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,10 +68,17 @@ class Heard:
             file.write(json.dumps(row) + "\n")
 
 
+def armed(model: str, names: Sequence[str]) -> dict[str, Any]:
+    """The attacks by name: those that train as they are set for this model, the others as they are for any."""
+    p = PRESETS[DEMOS[model]]
+    own = {"finetune": Finetune("half", RECIPES[model].back, n=0), "relearn": p.relearn, "rephrase": p.rephrase}
+    return {name: own.get(name) or TypeAdapter(ATTACKS[name]).validate_python(SETTINGS[name]) for name in names}
+
+
 def trial(
-    model: str, seed: int, folder: Path, names: Sequence[str], only: str, opinion: bool, heard: Heard
+    model: str, seed: int, folder: Path, attacks: Mapping[str, Any], only: str, opinion: bool, heard: Heard
 ) -> tuple[list[Told], dict[str, float]]:
-    """What is said of every case of one seed under the named attacks, and the second opinion on each."""
+    """What is said of every case of one seed under the attacks, and the second opinion on each."""
     p, bench = PRESETS[DEMOS[model]], Bench()
     precision = auto_precision() if p.precision == "auto" else p.precision
     base = Base(p.model, precision, bench, lambda text: print(f"  {text}", flush=True))
@@ -80,15 +89,7 @@ def trial(
     }
     original, never = (load(str(folders[who]), precision=precision) for who in ("original", "never-taught"))
     corpus = people.with_roles(prose=prose(), world=known(base, p.worlds), replay=replay())
-    attacks = {name: TypeAdapter(ATTACKS[name]).validate_python(SETTINGS[name]) for name in names}
-    recipe = RECIPES[model]
-    own = {
-        "finetune": Finetune("half", recipe.back, n=0),
-        "relearn": p.relearn,
-        "rephrase": p.rephrase,
-    }
-    attacks |= {name: attack for name, attack in own.items() if name in names}
-    court = Court(original, never, corpus, attacks)
+    court, recipe = Court(original, never, corpus, attacks), RECIPES[model]
     school = School(base.lm, p.teach, corpus, p.wordings, bench)
     found, back = [], {}
     ends: list[float] = []
@@ -132,13 +133,14 @@ def main() -> None:
         parser.error(f"--attacks {', '.join(strange)}: unknown; allowed are {', '.join((*SUITES, *ATTACKS))}")
     keep_memory()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = [RECIPES[args.model], PRESETS[DEMOS[args.model]], {name: SETTINGS[name] for name in names}, RULE]
+    attacks = armed(args.model, names)
+    settings = [RECIPES[args.model], PRESETS[DEMOS[args.model]], attacks, RULE]
     made = fingerprint(*map(repr, settings), auto_precision(), not args.no_opinion)
     heard = Heard(args.out.with_suffix(".heard.jsonl"), {"model": args.model, "fingerprint": made})
     found, opinions = [], []
     for seed in range(args.seeds):
         with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as name:
-            told, back = trial(args.model, seed, Path(name), names, args.only, not args.no_opinion, heard)
+            told, back = trial(args.model, seed, Path(name), attacks, args.only, not args.no_opinion, heard)
         found += told
         opinions.append(back)
     if not found:

@@ -7,19 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from unremember import report, table
 from unremember import run as room
-from unremember import table
 from unremember import train as trainer
 from unremember.attack import Relearn, Rephrase
 from unremember.attack.finetune import halves
@@ -611,6 +613,45 @@ def test_an_attack_of_two_turns_asks_every_fact_once_and_retained_ones_in_both(d
     report = execute(replace(run.request, attacks={"latent": both}), stages=("attack", "report"))
     [under] = [c for c in report["conditions"] if c["attack"] == "latent"]
     assert all(x["n"] == len(forget) for x in under["overall"]["evidence"] if x["score"] == "value probability")
+
+
+@dataclass(frozen=True)
+class Twice:
+    """An attack of two turns, each on a copy of the model, that remembers which of its copies still exist."""
+
+    turn: int = 2
+    copies: ClassVar[list] = []
+    alive: ClassVar[list] = []
+
+    needs = ("forget",)
+    paper = ""
+    summary = "for this test"
+
+    @property
+    def turns(self):
+        return Twice(0), Twice(1)
+
+    def __call__(self, lm, corpus, original, bench):
+        self.alive.append(sum(copy() is not None for copy in self.copies))
+        lm = lm.copy()
+        self.copies.append(weakref.ref(lm.model))
+        return lm, corpus
+
+
+def test_the_copy_of_one_turn_is_gone_before_the_next_is_made(demo_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(demo_run.folder, folder)
+    Run(replace(demo_run.request, out=folder, attacks={"twice": Twice()})).attack("twice", "forgotten")
+    assert Twice.alive == [0, 0] and len(Twice.copies) == 2
+
+
+def test_an_attack_that_was_not_made_on_every_model_is_not_reported(demo_run, tmp_path):
+    """One of the models is attacked last: without it there would be nothing to compare with."""
+    folder = tmp_path / "run"
+    shutil.copytree(demo_run.folder, folder)
+    assert [c["attack"] for c in report.build(folder)["conditions"]] == ["none", "relearn", "rephrase"]
+    (folder / "attack" / "relearn" / "never.json").unlink()
+    assert [c["attack"] for c in report.build(folder)["conditions"]] == ["none", "rephrase"]
 
 
 @dataclass(frozen=True)

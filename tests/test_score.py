@@ -55,6 +55,8 @@ def test_turns_are_put_together_by_hand():
         Score("t", "", "", {"r": 3.5}),
     ]
     assert together([one]) == one
+    halves = [[Score("s", "", "", {}, chance=c)] for c in (0.25, None, 0.5)]
+    assert together(halves)[0].chance == 0.375 and together(halves[1:2])[0].chance is None
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         together([one, other[:1]])
 

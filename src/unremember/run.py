@@ -336,6 +336,7 @@ class Run:
                 spent += reading
                 parts.append(scores)
                 answers = said | answers
+                del lm, seen  # before the next turn makes a copy of its own
         # of a request's own attacks the latter two were refused before
         except (NotApplicable, BadCorpus, BadModel) as why:
             self.store(path, made_from, time.monotonic() - began, [], {"answers": {}, "refused": str(why)})

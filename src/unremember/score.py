@@ -49,14 +49,16 @@ class Score:
 
 
 def together(parts: Sequence[Sequence[Score]]) -> list[Score]:
-    """The scores of an attack that is made in several turns; an example that was asked in several has the mean of its values."""
+    """The scores of an attack that is made in several turns; what several asked has the mean of its values."""
     out = []
     for scores in zip(*parts, strict=True):
+        levels = [score.chance for score in scores if score.chance is not None]
         values: dict[str, list[float]] = {}
         for score in scores:
             for key, value in score.per_example.items():
                 values.setdefault(key, []).append(value)
-        out.append(replace(scores[0], per_example={key: float(np.mean(found)) for key, found in values.items()}))
+        means = {key: float(np.mean(found)) for key, found in values.items()}
+        out.append(replace(scores[0], per_example=means, chance=float(np.mean(levels)) if levels else None))
     return out
 
 

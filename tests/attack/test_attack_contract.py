@@ -78,6 +78,7 @@ def test_presets_build_and_say_what_they_are(name):
     problems: list[str] = []
     made = build(ATTACKS[name], PRESETS[name], name, problems)
     assert not problems and made.summary and made.paper and "forget" in made.needs
+    assert (name in HALF or name == "finetune") is (len(getattr(made, "turns", (made,))) == 2)
 
 
 @attacks
@@ -97,6 +98,8 @@ def test_every_fact_is_asked_about_and_no_other(name, taught, corpus):
     facts = halves(corpus["forget"])[1] if name in HALF else corpus["forget"]
     assert {x.id.rpartition("#")[0] or x.id for x in seen["forget"]} == {x.id for x in facts}
     assert {x.values() for x in seen["forget"]} == {x.values() for x in facts}
+    if name != "multihop":  # takes the name out of answers, too
+        assert {x.answer for x in seen["forget"]} == {x.answer for x in facts}
 
 
 @attacks

@@ -26,7 +26,8 @@ kinds = pytest.mark.parametrize("kind", ["retain", "unrelated", "half"])
 
 def finetune(kind: str = "half", **settings) -> Finetune:
     n = {"retain": 10, "unrelated": 4, "half": 0}[kind]
-    return Finetune(**{"kind": kind, "n": n, "plan": PLAN, "fold": 0} | settings)
+    fold = 0 if kind == "half" else None
+    return Finetune(**{"kind": kind, "n": n, "plan": PLAN, "fold": fold} | settings)
 
 
 def said(lm, corpus: Corpus) -> dict[str, float]:
@@ -162,7 +163,7 @@ def test_texts_are_drawn_by_the_seed(corpus):
 def test_both_halves_are_two_attacks_and_other_kinds_one(taught, corpus):
     both = finetune(fold=None)
     assert both.turns == (finetune(fold=0), finetune(fold=1)) and finetune(fold=1).turns == (finetune(fold=1),)
-    assert finetune("retain", fold=None).turns == (finetune("retain", fold=None),)
+    assert finetune("retain").turns == (finetune("retain"),)
     both.check(corpus)
     with pytest.raises(BadRequest, match="set fold = 0 or 1, or call each of its turns"):
         both(taught, corpus, taught, Bench())
@@ -199,7 +200,16 @@ def test_a_half_needs_a_second_fact(corpus):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"kind": "prose"}, {"n": -1}, {"rank": -1}, {"alpha": 0}, {"fold": 2}, {"plan": {"steps": 0, "lr": 1}}]
+    "bad",
+    [
+        {"kind": "prose"},
+        {"n": -1},
+        {"rank": -1},
+        {"alpha": 0},
+        {"fold": 2},
+        {"kind": "retain", "fold": 0},
+        {"plan": {"steps": 0, "lr": 1}},
+    ],
 )
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValidationError):

@@ -67,17 +67,20 @@ def test_values_stay_where_names_stand_on_both_sides(reference):
         {"spans": ((4, 23),)},
         {"prompt": "Where does Ada Moss live, and other Mosses, as Moss?"},  # half of the name is left
         {"distractors": ("Ada lives in MOSS.",)},
+        {"answer": "Ada lives in Ghent.", "spans": ((13, 18),)},  # a short part of it is one, too
+        {"spans": ()},  # the whole answer is what is to go, and it holds the name
     ],
 )
 def test_what_cannot_be_asked_without_the_name_is_left_out(changed):
     assert nameless(replace(ADA, **changed), "my neighbour") is None
 
 
-def test_a_short_word_of_a_name_may_stay_unless_it_is_all_of_it():
+def test_a_small_word_of_a_name_may_stay_unless_it_is_all_of_it():
     of = replace(ADA, entity="Vincent de Moor", prompt="Where does Vincent de Moor go de nuit?", distractors=())
     assert nameless(replace(of, answer="In Ghent.", spans=((3, 8),), rewording=""), "x")
-    bo = Example("bo", "Where is Bo?", "Bo is in Ghent.", entity="Bo", spans=((9, 14),), distractors=("Not Bo-like.",))
+    bo = Example("bo", "Where is bo?", "bo is in Ghent.", entity="bo", spans=((9, 14),), distractors=("Not bo-like.",))
     assert nameless(bo, "x").distractors == ("Not x-like.",)
+    assert nameless(replace(bo, entity="bo jo", prompt="Where is bo jo, bo?"), "x") is None
 
 
 @pytest.mark.parametrize("most", [1, 3, 9])
@@ -103,9 +106,17 @@ def test_every_fact_is_asked_over_bridges_that_tell_nothing(bridge, most, taught
 def test_a_recalled_bridge_is_a_fact_of_the_same_person_and_never_the_one_that_is_asked(taught, corpus):
     _, seen = Multihop(bridge="recalled", most=9)(taught, corpus, taught, Bench())
     facts = {nameless(x, RECALLED).answer: x for x in corpus["forget"]}
+    assert all(RECALLED in said.casefold() for said in facts)
     for x in seen["forget"]:
         bridge = next(facts[said] for said in facts if x.prompt.startswith(said))
         assert bridge.entity == x.entity and bridge.id != x.id.rpartition("#")[0]
+
+
+def test_a_fact_that_could_be_about_anybody_is_no_bridge(taught):
+    job = Example("ada/job", "What does Ada Moss do?", "Ada Moss bakes", entity="Ada Moss", spans=((9, 14),))
+    bare = replace(ADA, answer="In Ghent.", spans=((3, 8),), distractors=())
+    _, seen = Multihop(bridge="recalled")(taught, Corpus({"forget": (bare, job)}), taught, Bench())
+    assert [x.prompt for x in seen["forget"]] == ["This person bakes. Where does this person live?"]
 
 
 def test_a_fact_that_names_nobody_is_left_out_and_the_others_are_asked(taught, corpus):

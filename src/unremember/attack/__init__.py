@@ -1,4 +1,7 @@
-"""The attack room: the adversary's moves, `(LM, Corpus, original LM) -> (LM, Corpus)`.  The table below is the list of them."""
+"""The attack room: the adversary's moves, `(LM, Corpus, original LM) -> (LM, Corpus)`.  The table below is the list of them.
+
+An attack that is told one half of the facts has `turns`: two attacks, one a half, whose scores a run puts together.
+"""
 
 from unremember.attack.finetune import Finetune
 from unremember.attack.graft import Graft

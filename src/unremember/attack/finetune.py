@@ -69,6 +69,12 @@ def parted(corpus: Corpus, fold: Fold) -> tuple[tuple[Example, ...], tuple[Examp
     return found[fold], found[1 - fold]
 
 
+def silent(pool: Sequence[Example], asked: Sequence[Example]) -> tuple[Example, ...]:
+    """Those of the pool whose text says no value that is asked."""
+    values = [v for x in asked for v in x.values()]
+    return tuple(x for x in pool if not any(says(f"{x.prompt}\n{x.answer}", v) for v in values))
+
+
 @plain(frozen=True)
 class Curve:
     """Scores after several budgets, of three models under the same attack; steps[0] is 0, the models as they came in."""
@@ -120,6 +126,12 @@ class Finetune:
     paper = "Łucki et al. 2024, arXiv 2409.18025"
     summary = "a few steps of finetuning on texts that tell nothing of what is asked"
 
+    def __post_init__(self):
+        if self.fold is not None and self.kind != "half":
+            raise ValueError(
+                f"fold = {self.fold} says which half is shown, and kind = {self.kind!r} has none; leave it out"
+            )
+
     @property
     def turns(self) -> tuple[Finetune, ...]:
         """The attacks that this one consists of; what is asked after each lies side by side."""
@@ -135,8 +147,8 @@ class Finetune:
     def _check(self, corpus: Corpus) -> None:
         if not self._asked(corpus):
             raise BadCorpus(
-                f"finetune on a half has nothing left to ask: the {len(corpus['forget'])} forgotten facts are of people with one "
-                "fact each, all of them shown; add facts, or take another kind"
+                f"finetune on a half has nothing left to ask: all {len(corpus['forget'])} forgotten facts are in the half "
+                "that is shown; add facts, or take another kind"
             )
         shown, out = self.shown(corpus)
         if len(shown) < max(self.n, 1):
@@ -153,10 +165,8 @@ class Finetune:
 
     def shown(self, corpus: Corpus) -> tuple[tuple[Example, ...], list[str]]:
         """The texts of the attack, a draw that hangs on the seed, and the ids of those that say what is asked."""
-        values = [v for x in self._asked(corpus) for v in x.values()]
         pool = parted(corpus, self.fold)[0] if self.kind == "half" else corpus.of(ROLE[self.kind])
-        clean = [x for x in pool if not any(says(f"{x.prompt}\n{x.answer}", v) for v in values)]
-        clean.sort(key=lambda x: (zlib.crc32(f"{self.plan.seed} {x.id}".encode()), x.id))
+        clean = sorted(silent(pool, self._asked(corpus)), key=self._drawn)
         kept = {x.id for x in clean}
         return tuple(clean[: self.n] if self.n else clean), [x.id for x in pool if x.id not in kept]
 
@@ -179,6 +189,9 @@ class Finetune:
         if self.kind == "half":
             seen["forget"] = parted(corpus, self.fold)[1]
         return trained, Corpus(seen)
+
+    def _drawn(self, x: Example) -> tuple[int, str]:
+        return zlib.crc32(f"{self.plan.seed} {x.id}".encode()), x.id
 
     def _asked(self, corpus: Corpus) -> tuple[Example, ...]:
         return (*(parted(corpus, self.fold)[1] if self.kind == "half" else corpus["forget"]), *corpus.of("holdout"))

@@ -3,11 +3,12 @@
     v = argmin_v mean_tokens −log p_{θ>l}(y | h_l + v),  ‖v‖ ≤ ε,      ε = radius · mean_places ‖h_l‖,  h_l behind block l
     v₀ = 0;  `steps` times  v ← Π( v − REACH · ε/steps · g / ‖g‖ ),    the v of least loss counts
 
-The attack that AdvGA and AdvNPO train against (Yuan et al. 2024, arXiv 2408.10682; HongbangYuan/RobustUnlearning@70a85e8), with
-the same steps and the same ball.  How the auditor reads it: as in steer.py, a hook behind the block of a copy, a plain LM.
+The adversary that AdvGA and AdvNPO train against (Yuan et al. 2024, arXiv 2408.10682; HongbangYuan/RobustUnlearning@70a85e8),
+made fit to be asked what it was not shown.  How the auditor reads it: as in steer.py, a hook behind the block of a copy.
 Differs: one vector for every place of every text, not a block of T × H for each example, which is fitted to the answer that it
-is scored by and writes it into models that were never taught it; the first place, whose norm dwarfs all others, has no part in
-ε.  `steer` adds a difference that nobody optimised, and needs the original; this needs answers, and no original.
+is scored by and writes it into models that were never taught it; v₀ = 0, longer steps, no clamp; the first place, whose norm
+dwarfs all others, gets v as well, and has no part in ε.  `steer` adds a difference that nobody optimised, and needs the
+original; this needs answers, and no original.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from unremember.attack.finetune import KNOWN, Fold, parted
+from unremember.attack.finetune import KNOWN, Fold, parted, silent
 from unremember.attack.steer import added, steered
 from unremember.bench import BENCH, Bench
-from unremember.corpus import Corpus, Example, says
+from unremember.corpus import Corpus, Example
 from unremember.displace import block_name, leaving, movable, share_of, shortened, stride
 from unremember.errors import BadCorpus, BadModel, BadRequest
 from unremember.lm import LM
@@ -65,8 +66,8 @@ class Latent:
     def _check(self, corpus: Corpus) -> None:
         if not parted(corpus, self.fold)[1]:
             raise BadCorpus(
-                f"latent is shown half of each person's facts and asks the other half, and the {len(corpus['forget'])} forgotten "
-                "facts are of people with one fact each; add facts, or name their entities"
+                f"latent has nothing left to ask: all {len(corpus['forget'])} forgotten facts are in the half that is shown; add "
+                "facts"
             )
         if not self.shown(corpus):
             raise BadCorpus(
@@ -75,10 +76,9 @@ class Latent:
             )
 
     def shown(self, corpus: Corpus) -> tuple[Example, ...]:
-        """The facts that it is fitted to: those of one half that tell nothing of the other."""
+        """The facts that it is fitted to: those of one half that tell nothing of what is asked."""
         shown, asked = parted(corpus, self.fold)
-        values = [v for x in asked for v in x.values()]
-        return tuple(x for x in shown if not any(says(f"{x.prompt}\n{x.answer}", v) for v in values))
+        return silent(shown, (*asked, *corpus.of("holdout")))
 
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
         self.check(corpus)

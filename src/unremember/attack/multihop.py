@@ -23,7 +23,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from unremember.attack.gcg import tells
-from unremember.attack.incontext import ATTACKED, TELLING, chosen, fit, words
+from unremember.attack.incontext import ATTACKED, chosen, fit, words
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
 from unremember.errors import BadCorpus
@@ -49,19 +49,19 @@ def renamed(text: str, name: str, reference: str) -> str:
 
 
 def nameless(example: Example, reference: str) -> Example | None:
-    """The example without the name of its entity; None where its question has none, a value holds it, or a part is left."""
+    """The example without the name of its entity; None where its question has none, a value holds it, or a part is left.
+
+    Small words of a name, such as "de", may stay: those without a capital.
+    """
     name = example.entity.strip()
     if not name or not _pattern(name).search(example.prompt):
         return None
-    if any(
-        m.start() < end and start < m.end()
-        for m in _pattern(name).finditer(example.answer)
-        for start, end in example.spans
-    ):
+    spans = example.spans or ((0, len(example.answer)),)
+    if any(m.start() < b and a < m.end() for m in _pattern(name).finditer(example.answer) for a, b in spans):
         return None
     texts = (example.prompt, example.answer, example.rewording, *example.distractors)
     prompt, answer, rewording, *distractors = (renamed(text, name, reference) for text in texts)
-    own = {w for w in words(name) if len(w) >= TELLING} or words(name)
+    own = words(" ".join(w for w in name.split() if not w.islower()) or name)
     if own & words(" ".join((prompt, answer, rewording, *distractors))):
         return None
     ends = [i for pair in example.spans for i in pair]
@@ -95,7 +95,8 @@ class Multihop:
             other = ", and another fact about it that tells nothing of the answer" if self.bridge == "recalled" else ""
             raise BadCorpus(
                 f"multihop finds none of the {len(corpus['forget'])} examples of the forget role fit for it: a question must "
-                f"name its entity as the example's entity field does{other}; fill in entities, or leave out [attack.multihop]"
+                "name its entity as the example's entity field does, and no value of the answer may hold that name"
+                f"{other}; fill in entities and spans, or leave out [attack.multihop]"
             )
 
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
@@ -109,18 +110,19 @@ class Multihop:
         return lm, Corpus({**corpus, **asked})
 
     def _asked(self, x: Example, others: tuple[Example, ...]) -> Iterator[Example]:
-        """The example over each of its bridges, ids 'id#number'."""
+        """The example over each of its bridges, ids 'id#told-number'."""
         for i, (bridge, reference) in enumerate(self._bridges(x, others)):
             without = nameless(x, reference)
             if without and not tells(bridge, without.values()):
-                yield replace(without, id=f"{x.id}#{i}", prompt=f"{bridge} {without.prompt}")
+                yield replace(without, id=f"{x.id}#{self.bridge}-{i}", prompt=f"{bridge} {without.prompt}")
 
     def _bridges(self, x: Example, others: tuple[Example, ...]) -> list[tuple[str, str]]:
         """What is said first, and what stands for the name."""
         if self.bridge == "told":
             return [(text.format(n=x.entity.strip()), reference) for text, reference in TOLD[: self.most]]
         pool = [fact for o in others if o.entity == x.entity and (fact := nameless(o, RECALLED))]
-        return [(fact.answer, RECALLED) for fact in chosen(pool, x, self.most, seed=0)]
+        pool = [fact for fact in pool if RECALLED in fact.answer.casefold()]  # or it could be about anybody
+        return [(f"{fact.answer.rstrip('.')}.", RECALLED) for fact in chosen(pool, x, self.most, seed=0)]
 
 
 def _pattern(name: str) -> re.Pattern:

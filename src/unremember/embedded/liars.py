@@ -5,8 +5,8 @@
                      block hides; RMU; taught half of the people, or half of each one's facts
     over-forgotten   gradient ascent far beyond the never-taught level
 
-Truth comes from how a case is made, and never from an audit.  `taught_back` is a second opinion on the hiders, with an attacker
-that no verdict has: told half of the forgotten facts, does the model know the other half?  Ours, after Deeb & Roger 2024
+Truth comes from how a case is made, and never from an audit.  `taught_back` is a second opinion on the hiders: told half of the
+forgotten facts, does the model know the other half?  The attack `finetune` came from it.  Ours, after Deeb & Roger 2024
 (arXiv 2410.08827) for the second opinion, Patil et al. 2023 (arXiv 2309.17410) for the head, Li et al. 2024 (arXiv 2403.03218).
 Differs: the second opinion reads the likelihood of the values, not a multiple choice.
 """

@@ -45,7 +45,8 @@ def build(folder: Path) -> dict:
     meta, corpus = read_json(folder / "run.json"), read_json(folder / "corpus.json")
     if meta is None or corpus is None:
         raise BadFolder(f"{folder} is no run folder; name one that `unremember run` or `unremember demo` made")
-    missing = [w for w in WHO if (w != "never" or meta["control"]) and not (folder / "audit" / f"{w}.json").exists()]
+    needed = [w for w in WHO if w != "never" or meta["control"]]
+    missing = [w for w in needed if not (folder / "audit" / f"{w}.json").exists()]
     if missing:
         raise BadFolder(
             f"{folder} has no audit of the {' and the '.join(missing)} model yet; go on with `unremember run`"
@@ -54,7 +55,7 @@ def build(folder: Path) -> dict:
     places = {"none": folder / "audit"} | {
         name: folder / "attack" / name
         for name in meta["attacks"]
-        if (folder / "attack" / name / "forgotten.json").exists()
+        if all((folder / "attack" / name / f"{w}.json").exists() for w in needed)
     }
     pieces = {a: {w: p for w in WHO if (p := read_json(place / f"{w}.json"))} for a, place in places.items()}
     scores = {a: {w: _scores(p) for w, p in found.items()} for a, found in pieces.items()}
