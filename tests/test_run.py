@@ -679,6 +679,8 @@ def test_an_attack_on_the_same_weights_asks_only_what_was_not_asked_before(demo_
         Run(wanted, Bench()).attack("reworded", "forgotten")
         piece = folder / "attack" / "reworded" / "forgotten.json"
         scores.append(read_json(piece)["scores"])
+        first = wanted.corpus["forget"][0]
+        assert read_json(piece)["asked"] == {first.id: f"Well, {first.prompt}"}
         if remembered:
             assert (folder / "memory" / "forgotten.json").exists()
             few, asked[:] = sum(asked), []

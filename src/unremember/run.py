@@ -324,8 +324,10 @@ class Run:
         fewer = self.measured.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
         names = tuple(n for n in AUDITS if n in (*EVIDENCE, *UTILITY))
         target, original = self.lm(who), self.lm("original")
+        plain = {x.id: x.prompt for x in fewer.of("forget", "retain")}
         began, spent, parts = time.monotonic(), 0.0, []
         answers: dict[str, str] = {}
+        asked: dict[str, str] = {}  # what the attack made of the questions
         try:
             for turn in getattr(attack, "turns", (attack,)):
                 since = time.monotonic()
@@ -336,12 +338,14 @@ class Run:
                 spent += reading
                 parts.append(scores)
                 answers = said | answers
+                prompts = {x.id: x.prompt for x in seen.of("forget", "retain") if x.id in said}
+                asked |= {key: prompt for key, prompt in prompts.items() if plain.get(key) != prompt}
                 del lm, seen  # before the next turn makes a copy of its own
         # of a request's own attacks the latter two were refused before
         except (NotApplicable, BadCorpus, BadModel) as why:
             self.store(path, made_from, time.monotonic() - began, [], {"answers": {}, "refused": str(why)})
         else:
-            found = {"answers": answers, "spent": spent}
+            found = {"answers": answers, "asked": asked, "spent": spent}
             self.store(path, made_from, time.monotonic() - began, together(parts), found)
 
 

@@ -255,6 +255,23 @@ def test_ids_with_a_sharp_sign_are_ids(folder, edit):
     assert len(built["answers"]) == len(read_json(folder / "report.json")["answers"])
 
 
+def test_a_question_is_shown_as_the_forgotten_model_saw_it(folder, edit):
+    """Of several wordings the first; a variant whose wording nobody kept is not shown under another one."""
+    example = read_json(folder / "corpus.json")["forget"][0]
+    fact, plain = example["id"], example["prompt"]
+
+    def shown(answers, asked):
+        edit("attack/relearn/forgotten.json", lambda piece: piece.update(answers=answers, asked=asked))
+        rows = [r for r in build(folder)["answers"] if r["attack"] == "relearn"]
+        return [(row["id"], row["prompt"], row["forgotten"]) for row in rows]
+
+    two = {f"{fact}#told-1": "Ghent", f"{fact}#told-0": "Turin"}
+    assert shown({fact: "Ghent"}, {}) == [(fact, plain, "Ghent")]
+    assert shown({fact: "Ghent"}, {fact: f"{plain} ! !"}) == [(fact, f"{plain} ! !", "Ghent")]
+    assert shown(two, {f"{fact}#told-1": "B?", f"{fact}#told-0": "A?"}) == [(f"{fact}#told-1", "B?", "Ghent")]
+    assert shown(two, {}) == []
+
+
 def test_model_utility_is_worked_out_from_its_parts(folder):
     rows = {row["name"]: row for row in build(folder)["comparisons"]}
     for who in WHO:

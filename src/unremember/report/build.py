@@ -379,12 +379,14 @@ def _curve(log: list[dict], corpus: dict, scores: Scores) -> list[dict]:
 
 def _answers(attack: str, corpus: dict, pieces: Mapping[str, dict]) -> list[dict]:
     examples = {x["id"]: (role, x) for role in ("forget", "retain") for x in corpus.get(role, ())}
-    rows = []
-    for key, said in pieces.get("forgotten", {"answers": {}})["answers"].items():
-        fact, _, variant = (key, "", "") if key in examples else key.rpartition("#")
-        if fact in examples and variant in ("", "0"):
+    rows, told = [], set()
+    piece = pieces.get("forgotten", {})
+    asked = piece.get("asked", {})
+    for key, said in piece.get("answers", {}).items():
+        fact = key if key in examples else key.rpartition("#")[0]
+        if fact in examples and fact not in told and (key == fact or key in asked):  # of several wordings the first
+            told.add(fact)
             role, x = examples[fact]
-            prompt = x["paraphrases"][0] if variant == "0" else x["prompt"]
             others = {w: pieces[w]["answers"].get(key) if w in pieces else None for w in ("original", "never")}
             rows.append(
                 {
@@ -392,7 +394,7 @@ def _answers(attack: str, corpus: dict, pieces: Mapping[str, dict]) -> list[dict
                     "id": key,
                     "entity": x["entity"],
                     "role": role,
-                    "prompt": prompt,
+                    "prompt": asked.get(key, x["prompt"]),
                     "truth": x["answer"],
                 }
                 | {"original": others["original"], "forgotten": said, "never": others["never"]}
