@@ -214,13 +214,13 @@ def test_leaks_are_values_that_only_a_taught_model_says():
     ],
 )
 def test_a_check_allows_a_fall_or_a_rise(original, forgotten, limit, passed):
-    check = Check("x", original, forgotten, None, limit)
+    check = Check("x", 0.5, forgotten, None, original, limit)
     assert check.passed is passed and check.change == pytest.approx(forgotten - original)
 
 
 # ── the verdict ──
 
-GOOD, BAD = Check("world accuracy", 0.9, 0.9, None, -0.05), Check("prose NLL", 3.0, 4.0, None, 0.2)
+GOOD, BAD = Check("world accuracy", 0.9, 0.9, None, 0.9, -0.05), Check("prose NLL", 3.0, 4.0, None, 3.0, 0.2)
 
 
 def triple(score: str, r: float | None, leaks: tuple[str, ...] = (), low=None, high=None) -> Evidence:

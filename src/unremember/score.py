@@ -180,17 +180,22 @@ def evidence(
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the utility gate: how much a number may change (limit ≤ 0: fall by, > 0: rise by), and whether it held."""
+    """One line of the utility gate: how much a number may change (limit ≤ 0: fall by, > 0: rise by), and whether it held.
+
+    against: what it may not fall below or rise above by more: the original's number, or under an attack that of the
+    never-taught model where this is worse, since an attack that trains harms a model more that has something to learn.
+    """
 
     name: str
     original: float
     forgotten: float
     never: float | None
+    against: float
     limit: float
 
     @property
     def change(self) -> float:
-        return self.forgotten - self.original
+        return self.forgotten - self.against
 
     @property
     def passed(self) -> bool:
@@ -256,7 +261,7 @@ def judge(
             return verdict(REMEMBERED, why)
     if failed := [c for c in utility if not c.passed]:
         c = failed[0]
-        return verdict(OVER, f"{c.name} went from {c.original:.2f} to {c.forgotten:.2f}, further than allowed")
+        return verdict(OVER, f"{c.name} went from {c.against:.2f} to {c.forgotten:.2f}, further than allowed")
     for x, r, low, _ in (x for x in ranked if x[0].score not in STRONG):
         if r > rule.tolerance and low > 0:  # guessing well is not yet knowing
             return verdict(REMEMBERED, f"{r:.0%} of the {x.score} is left (at most {rule.tolerance:.0%} is allowed)")

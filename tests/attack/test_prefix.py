@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from unremember.attack.gcg import Entry, Victim, started, survives, tells
+from unremember.attack.gcg import Entry, Found, Victim, started, survives, tells
 from unremember.attack.prefix import (
     FLOOR,
     Aim,
@@ -137,6 +137,20 @@ def test_each_half_is_asked_with_what_the_other_half_taught(hider, taught, corpu
         assert all(s.prompt == f"{t} {x.prompt}" for s, t, x in zip(seen[role], told, corpus[role], strict=True))
         assert not any(tells(t, values) for t in told)
     assert seen["retain"] == corpus["retain"] and seen["world"] == corpus["world"]
+
+
+@pytest.mark.parametrize(("loss", "refused"), [(FLOOR, False), (FLOOR + 0.005, False), (2.0, True)])
+def test_a_search_in_vain_is_an_error_unless_nothing_was_left_to_look_for(loss, refused, taught, corpus, monkeypatch):
+    """The original says its own answers at the floor already, and a run must not end there."""
+    start = started(taught.template, " !", 3)
+    held = Found(start, " ! ! !", loss, False, (loss, loss), 0)
+    monkeypatch.setattr("unremember.attack.prefix.breed", lambda *_: held)
+    attack = Prefix(steps=1, least=3, most=3)
+    if refused:
+        with pytest.raises(BadRequest, match="nothing was attacked"):
+            attack(taught, corpus, taught, Bench())
+    else:
+        assert attack(taught, corpus, taught, Bench())[1]["forget"][0].prompt.startswith(" ! ! !")
 
 
 def test_an_original_that_says_nothing_is_refused(hider, taught, corpus):

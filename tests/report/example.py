@@ -102,11 +102,11 @@ def overall(attack: str) -> dict:
     }
     evidence = [triple("probability", *mean(LEVELS), 0.014), triple("ROUGE-L recall", *mean(RECALL), 0.021), off]
     utility = [
-        ("retained people, probability", 0.95, 0.931, 0.953, -0.019, -0.1, True),
-        ("retained people, ROUGE-L recall", 0.99, 0.972, 0.988, -0.018, -0.1, True),
-        ("general knowledge, multiple choice", 0.42, 0.41, 0.425, -0.01, -0.05, True),
+        ("retained people, probability", 0.95, 0.931, 0.953, 0.95, -0.019, -0.1, True),
+        ("retained people, ROUGE-L recall", 0.99, 0.972, 0.988, 0.99, -0.018, -0.1, True),
+        ("general knowledge, multiple choice", 0.42, 0.41, 0.425, 0.42, -0.01, -0.05, True),
     ]
-    keys = ("name", "original", "forgotten", "never", "change", "limit", "passed")
+    keys = ("name", "original", "forgotten", "never", "against", "change", "limit", "passed")
     return {
         "name": "all",
         "verdict": bad,

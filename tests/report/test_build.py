@@ -195,6 +195,29 @@ def test_what_the_gate_still_allows(made):
     assert found["overall"]["verdict"] == "forgotten" and all(c["passed"] for c in found["overall"]["utility"])
 
 
+def test_what_an_attack_costs_a_model_that_never_knew_is_no_harm_by_forgetting(folder, edit):
+    """A model that has something to learn is moved further by an attack that trains.  Unattacked, the original is the measure."""
+
+    def lose(piece: dict) -> None:
+        for row in piece["scores"]:
+            if row["name"] == "world accuracy":
+                row["per_example"] = dict.fromkeys(row["per_example"], 0.0)
+            if row["name"] == "prose NLL":
+                row["per_example"] = dict.fromkeys(row["per_example"], 9.0)
+
+    def gate(place: str) -> dict:
+        found = next(c for c in build(folder)["conditions"] if c["attack"] == place)["overall"]["utility"]
+        return {c["name"]: (c["against"], c["passed"]) for c in found if c["name"] in ("world accuracy", "prose NLL")}
+
+    for place, name in (("attack/relearn", "relearn"), ("audit", "none")):
+        edit(f"{place}/forgotten.json", lose)
+        alone = gate(name)
+        assert not any(passed for _, passed in alone.values()) and alone["world accuracy"][0] > 0.5
+        edit(f"{place}/never.json", lose)
+        together = {"world accuracy": (0.0, True), "prose NLL": (9.0, True)}
+        assert gate(name) == (together if name == "relearn" else alone)
+
+
 def test_one_person_who_is_remembered_spoils_the_whole(made, folder, edit):
     made(LOW)
     first = read_json(folder / "corpus.json")["forget"][0]["entity"]

@@ -54,6 +54,7 @@ from unremember.lm import LM
 from unremember.train import STRICT
 
 FLOOR = -float(np.log(0.6))  # nats: a forced token that is this likely is forced enough
+ENOUGH = FLOOR + 0.01  # nats: from here on nothing is left to look for, as with the original itself
 CHANCES = {"gradient": 0.7, "expected": 0.1, "insert": 0.1, "delete": 0.1}  # two swaps, then two that change the length
 Kind = str
 
@@ -190,7 +191,7 @@ class Prefix:
                 assert not tells(best.text, values), "the prefix tells an answer"
                 found.append(best)
                 asked |= {x.id: replace(x, prompt=f"{best.text} {x.prompt}") for x in fold.asked}
-        if not any(f.loss < f.curve[0] for f in found):
+        if not any(f.loss < f.curve[0] or f.curve[0] < ENOUGH for f in found):
             raise BadRequest(
                 f"no prefix of {self.steps} step(s) does better than {self.start!r} repeated, so nothing was attacked; "
                 "take more steps or children"

@@ -137,7 +137,7 @@ def _doubt(x: Luck) -> str:
 def _condition(attack: str, meta: dict, corpus: dict, scores: Scores, rule: Rule, refused: str) -> dict:
     """The verdicts under one attack.  refused: why it did not apply to one of the models, where it did not."""
     forget = corpus["forget"]
-    checks = [] if refused else _gate(corpus, scores, rule)
+    checks = [] if refused else _gate(corpus, scores, rule, attack != "none")
 
     def verdict(name: str, rows: Sequence[dict], least: int, gate: bool) -> Verdict:
         ids = [x["id"] for x in rows]
@@ -161,7 +161,7 @@ def _condition(attack: str, meta: dict, corpus: dict, scores: Scores, rule: Rule
     return {"attack": attack, "summary": text, "overall": _plain(whole), "entities": [_plain(v) for v in each]}
 
 
-def _gate(corpus: dict, scores: Scores, rule: Rule) -> list[Check]:
+def _gate(corpus: dict, scores: Scores, rule: Rule, attacked: bool) -> list[Check]:
     """What should have stayed, under the same attack."""
     retain = [x["id"] for x in corpus.get("retain", ())]
     checks = []
@@ -174,9 +174,10 @@ def _gate(corpus: dict, scores: Scores, rule: Rule) -> list[Check]:
                 if values:
                     means[who] = float(np.mean(list(values.values())))
         if "original" in means and "forgotten" in means:
-            checks.append(
-                Check(label, means["original"], means["forgotten"], means.get("never"), limit(means["original"]))
-            )
+            original, never = means["original"], means.get("never")
+            worse = max if limit(original) > 0 else min
+            against = worse(original, never) if attacked and never is not None else original
+            checks.append(Check(label, original, means["forgotten"], never, against, limit(against)))
 
     check("retained, value probability", "value probability", retain, lambda o: -(1 - rule.kept) * o)
     check("retained, said", "said", retain, lambda o: -(1 - rule.kept) * o)
