@@ -69,7 +69,7 @@ PRESETS: dict[str, dict] = {
 }
 
 _QUICK = ("graft", "quantise", "rephrase")
-_INSIDE = ("lens", "probe", "steer")
+_INSIDE = ("latent", "lens", "probe", "steer")
 _ASKING = ("incontext", "jailbreak", "multihop", "sample")
 _STANDARD = (*_QUICK, *_INSIDE, *_ASKING, "finetune", "relearn", "reversal")
 SUITES = {"quick": _QUICK, "standard": tuple(sorted(_STANDARD)), "full": tuple(ATTACKS)}  # each holds the one before
