@@ -1,6 +1,6 @@
 """Displacing hidden states: where it may happen, how far, and one step of the search for what to add.
 
-What the latent adversary of training (`forget/perturbed.py`) and the one that attacks (`attack/latent.py`) have in common.
+What the latent adversary of training (`forget/perturbed.py`) and the attacks from inside (`attack/latent.py` above all) share.
 Yuan et al. 2024 (arXiv 2408.10682); what differs from it is told in these two.
 """
 

@@ -12,7 +12,6 @@ from unremember.attack.prefix import (
     FLOOR,
     Aim,
     Prefix,
-    block_at,
     bred,
     breed,
     distance,
@@ -23,6 +22,7 @@ from unremember.attack.prefix import (
 )
 from unremember.attack.suffix import bar
 from unremember.bench import Bench
+from unremember.displace import block_name, share_of
 from unremember.errors import BadCorpus, BadModel, BadRequest, NotApplicable
 
 SMALL = {"steps": 2, "least": 3, "most": 6, "children": 6, "questions": 2}
@@ -33,7 +33,7 @@ def aim(hider, taught, corpus) -> Aim:
     """The hider against the original, on three questions."""
     start = started(hider.template, " !", 3)
     found = targets(hider, taught, corpus["forget"][:3], start, 12)
-    blocks = (block_at(hider, 0.5),)
+    blocks = (block_name(hider, share_of(hider, 0.5)),)
     return Aim(Victim(hider, found, forced=5, watched=blocks), Victim(taught, found, forced=1, watched=blocks), 2.0)
 
 

@@ -45,9 +45,10 @@ ATTACKS = {
     "suffix": Suffix,
 }
 
-# Those of finetune, relearn and rephrase were tried on the default model; the others are first guesses.
+# Those of finetune, latent, relearn and rephrase were tried on the default model; the others are first guesses.  Of all that
+# were tried finetune on halves and latent alone bring out what RMU hides.
 PRESETS: dict[str, dict] = {
-    "finetune": {"kind": "half", "n": 0, "plan": {"steps": 20, "lr": 5e-5}},  # nothing else brought out what RMU hid
+    "finetune": {"kind": "half", "n": 0, "plan": {"steps": 20, "lr": 5e-5}},
     "graft": {"blocks": 1},
     "incontext": {"shots": 3},
     "jailbreak": {},

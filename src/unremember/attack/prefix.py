@@ -28,7 +28,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from unremember import team
 from unremember.attack.gcg import (
     ATTEMPTS,
     Behaviour,
@@ -48,6 +47,7 @@ from unremember.attack.gcg import (
 from unremember.attack.suffix import ATTACKED, bar, folds, groups, once, refuse
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
+from unremember.displace import block_name, share_of
 from unremember.errors import BadCorpus, BadInput, BadModel, BadRequest, NotApplicable
 from unremember.folder import fingerprint
 from unremember.lm import LM
@@ -216,8 +216,10 @@ class Prefix:
         def keep(ids: Ids) -> bool:
             return not tells(decoded(template, ids), values) and survives(template, places, ids)
 
-        names = tuple(block_at(lm, depth) for depth in self.depths) if self.match else ()
-        heard = tuple(block_at(original, depth) for depth in self.depths) if self.match else ()
+        names, heard = (
+            tuple(block_name(one, share_of(one, depth)) for depth in self.depths) if self.match else ()
+            for one in (lm, original)
+        )
         aim = Aim(
             Victim(lm, once(aims), bench.budget, 0.0, self.forced, names),
             Victim(original, once(aims), bench.budget, 0.0, 1, heard),
@@ -304,12 +306,3 @@ def framed(lm: LM, examples: Sequence[Example], start: Ids, target: dict[str, Id
     if problems:
         raise BadCorpus(problems)
     return tuple(out)
-
-
-def block_at(lm: LM, depth: float) -> str:
-    """The dotted name of the block with this share of all blocks at or below it."""
-    blocks = team.blocks(lm.model)
-    if not blocks:
-        raise BadModel(f"{lm.name or 'the model'} has no list of blocks to compare; take match = 0")
-    wanted = blocks[max(0, round(depth * len(blocks)) - 1)]
-    return next(name for name, module in lm.model.named_modules() if module is wanted)

@@ -29,6 +29,7 @@ from unremember import team
 from unremember.attack.orthogonalise import NOTHING, streams
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
+from unremember.displace import block_name
 from unremember.errors import BadCorpus, BadModel, BadRequest, NotApplicable
 from unremember.lm import LM
 from unremember.tokens import Row
@@ -135,8 +136,6 @@ class Steer:
             raise BadModel(
                 "model and original read the same question as other tokens; steer needs one tokenizer and template"
             )
-        names = {id(module): name for name, module in lm.model.named_modules()}
-        places = [names[id(block)] for block in team.blocks(lm.model)]
         goal = streams(original, rows, blocks, bench)
         vectors: dict[int, Tensor] = {}
         with ExitStack() as stack:
@@ -150,7 +149,7 @@ class Steer:
                 gap = difference(goal[block].to(here), here)
                 if gap is not None:
                     vectors[block] = self.strength * gap
-                    stack.enter_context(lm.at(places[block], partial(added, vector=vectors[block])))
+                    stack.enter_context(lm.at(block_name(lm, block), partial(added, vector=vectors[block])))
         if not vectors:
             raise NotApplicable(
                 f"behind block {', '.join(map(str, blocks))} the model is the original, so there is nothing to add; take later "
