@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from unremember.attack import ATTACKS, SUITES, Finetune
+from unremember.attack import ATTACKS, SUITES, VARIANTS, Finetune
 from unremember.attack import PRESETS as SETTINGS
 from unremember.bench import Bench
 from unremember.demo import PRESETS, Base, known, pair, taught
@@ -72,7 +72,8 @@ def armed(model: str, names: Sequence[str]) -> dict[str, Any]:
     """The attacks by name: those that train as they are set for this model, the others as they are for any."""
     p = PRESETS[DEMOS[model]]
     own = {"finetune": Finetune("half", RECIPES[model].back, n=0), "relearn": p.relearn, "rephrase": p.rephrase}
-    return {name: own.get(name) or TypeAdapter(ATTACKS[name]).validate_python(SETTINGS[name]) for name in names}
+    kinds = {name: ATTACKS[VARIANTS.get(name, name)] for name in names}
+    return {name: own.get(name) or TypeAdapter(kinds[name]).validate_python(SETTINGS[name]) for name in names}
 
 
 def trial(
@@ -119,7 +120,8 @@ def trial(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.verdict", description=__doc__)
     parser.add_argument("--model", choices=sorted(RECIPES), default="tiny")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument(
         "--attacks", default="finetune,graft,relearn,rephrase", help="comma-separated, or the name of a suite"
     )
@@ -129,8 +131,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/verdict.json"))
     args = parser.parse_args()
     names = SUITES.get(args.attacks) or tuple(args.attacks.split(","))
-    if strange := [name for name in names if name not in ATTACKS]:
-        parser.error(f"--attacks {', '.join(strange)}: unknown; allowed are {', '.join((*SUITES, *ATTACKS))}")
+    if strange := [name for name in names if name not in SETTINGS]:
+        parser.error(f"--attacks {', '.join(strange)}: unknown; allowed are {', '.join((*SUITES, *SETTINGS))}")
     keep_memory()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     attacks = armed(args.model, names)
@@ -138,14 +140,15 @@ def main() -> None:
     made = fingerprint(*map(repr, settings), auto_precision(), not args.no_opinion)
     heard = Heard(args.out.with_suffix(".heard.jsonl"), {"model": args.model, "fingerprint": made})
     found, opinions = [], []
-    for seed in range(args.seeds):
+    seeds = range(args.first, args.first + args.seeds)
+    for seed in seeds:
         with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as name:
             told, back = trial(args.model, seed, Path(name), attacks, args.only, not args.no_opinion, heard)
         found += told
         opinions.append(back)
     if not found:
         parser.error(f"--only {args.only!r} names no case")
-    told_in = [row["seconds"] for (seed, name), row in heard.rows.items() if seed < args.seeds and args.only in name]
+    told_in = [row["seconds"] for (seed, name), row in heard.rows.items() if seed in seeds and args.only in name]
     print("\n" + markdown(found))
     if not args.no_opinion:
         print("\n| case | comes back when half is told, mean | least | most |\n|---|---:|---:|---:|")
@@ -160,8 +163,8 @@ def main() -> None:
                 gate = f" [gate: {', '.join(x.failed[attack])}]" if x.failed[attack] else ""
                 print(f"- {x.case.name} ({x.case.truth}), {attack}: {word}: {x.reasons[attack]}{gate}")
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"\n{args.model}, {args.seeds} seeds, {machine}, {sum(told_in):.0f} s")
-    about = {"model": args.model, "seeds": args.seeds, "machine": machine, "seconds": sum(told_in)}
+    print(f"\n{args.model}, seeds {', '.join(map(str, seeds))}, {machine}, {sum(told_in):.0f} s")
+    about = {"model": args.model, "seeds": list(seeds), "machine": machine, "seconds": sum(told_in)}
     write_json(args.out, about | json.loads(json.dumps(plain(found))) | {"comes back": opinions})
     if not args.only:
         heard.place.unlink()

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what is printed, and the exit code."""
 
+import json
 import os
 import re
 import shutil
@@ -199,6 +200,30 @@ def test_room_by_room_is_the_whole_job(said, place):
         assert part in out
     code, out, _ = said("run", "out", "--set", "rule.tolerance=0.5")  # the folder is a request, too
     assert code == 0 and [line for line in out.splitlines() if line.startswith("▸")] == ["▸ report"]
+
+
+def test_a_smaller_suite_leaves_what_a_larger_one_made(said, place, monkeypatch):
+    from unremember.attack import SUITES
+
+    for suite, names in (
+        ("quick", ("rephrase",)),
+        ("standard", ("multihop", "rephrase")),
+        ("full", ("multihop", "rephrase")),
+    ):
+        monkeypatch.setitem(SUITES, suite, names)
+    assert said("forget", "request.toml")[0] == 0
+
+    def columns() -> list[str]:
+        return [c["attack"] for c in json.loads(Path("out/report.json").read_text())["conditions"]]
+
+    code, out, _ = said("attack", "out", "--suite", "quick")
+    assert code == 0 and "multihop" not in out and columns() == ["none", "rephrase"]
+    assert said("attack", "out", "--suite", "standard")[0] == 0 and set(columns()) == {"none", "rephrase", "multihop"}
+    code, out, _ = said("attack", "out", "--suite", "quick")
+    assert code == 0 and [line for line in out.splitlines() if line.startswith("▸")] == ["▸ report"]
+    assert set(columns()) == {"none", "rephrase", "multihop"}
+    code, _, err = said("attack", "out", "--suite", "fast")
+    assert code == 2 and "attack.suite is 'fast'" in err
 
 
 def test_out_and_set_change_the_request(said, place):

@@ -7,13 +7,13 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
-from unremember.attack import ATTACKS
+from unremember.attack import ATTACKS, VARIANTS
 from unremember.audit import AUDITS, EVIDENCE, UTILITY
 from unremember.cli import app
 from unremember.corpus import ROLES
@@ -31,6 +31,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAPERS = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
 CORPUS = (ROOT / "docs" / "corpus.md").read_text(encoding="utf-8")
+ATTACKS_PAGE = (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -75,7 +76,14 @@ def test_there_is_python_in_the_readme():
     assert len(blocks(README, "python")) == 1
 
 
-@pytest.mark.parametrize("page", [README, CORPUS], ids=["README", "corpus"])
+@pytest.mark.parametrize("block", blocks(ATTACKS_PAGE, "python"))
+def test_python_of_the_attacks_page_runs(block, tmp_path, tiny, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "attacks.md", "exec"), {})
+    assert capsys.readouterr().out == "said of 12 facts\n"
+
+
+@pytest.mark.parametrize("page", [README, CORPUS, ATTACKS_PAGE], ids=["README", "corpus", "attacks"])
 def test_requests_have_known_sections_and_keys(page):
     requests = [tomllib.loads(block) for block in blocks(page, "toml")]
     assert requests
@@ -181,6 +189,13 @@ def test_the_tables_of_the_readme_are_complete():
 )
 def test_everything_has_its_row_among_the_papers(title, room):
     assert sorted(first_cells(section(PAPERS, title))) == sorted(room)
+
+
+def test_the_page_of_attacks_has_every_attack_and_setting_and_name():
+    rows = re.findall(r"^\| `([\w-]+)` \| [^|]+ \| (`.+`) \|$", ATTACKS_PAGE, re.MULTILINE)
+    told = {name: re.findall(r"`(\w+)`", cell) for name, cell in rows}
+    assert told == {name: [x.name for x in fields(made)] for name, made in ATTACKS.items()}
+    assert first_cells(section(ATTACKS_PAGE, "Names that are known")) == list(VARIANTS)
 
 
 def test_the_readme_says_what_a_verdict_rests_on():

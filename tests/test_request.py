@@ -1,6 +1,7 @@
 """Requests: whatever is wrong is said, all of it, with the next move, before a weight is loaded."""
 
 import json
+import shutil
 import tomllib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from unremember.corpus import Corpus
 from unremember.errors import BadCorpus, BadInput, BadRequest
 from unremember.forget import METHODS
 from unremember.readers import write_jsonl
-from unremember.request import SECTIONS, TEMPLATE, parse, request
+from unremember.request import SECTIONS, TEMPLATE, handed, parse, request
 
 BASE = """
 [run]
@@ -139,7 +140,9 @@ def test_every_line_of_the_template_that_is_commented_out_is_right_too(place, co
         if not line.startswith(("# columns", *others))
     ]
     wanted = request(tomllib.loads("\n".join(lines)), place)
-    assert wanted.control == "model" and wanted.chunks == 4 and list(wanted.attacks) == ["rephrase", "relearn"]
+    assert (
+        wanted.control == "model" and wanted.chunks == 4 and list(wanted.attacks) == ["rephrase", "relearn", "gentle"]
+    )
     if where == "locate":
         assert wanted.locator and wanted.budget.share == 0.01 and not wanted.sites and not wanted.lora
     else:
@@ -515,10 +518,52 @@ def test_what_a_suite_cannot_do_with_a_corpus_does_not_refuse_the_request(ask, p
     assert problems("attack.suite=standard", "attack.probe.seed=1") == ("probe needs distractors",)
 
 
-def test_a_suite_is_its_attacks_and_the_requests_own_settings_stay(ask, problems):
-    from unremember.attack import ATTACKS, SUITES
+def test_an_attack_is_made_several_times_under_names_of_their_own(ask, problems):
+    from unremember.attack import Quantise, Relearn
 
-    assert set(SUITES["quick"]) < set(SUITES["standard"]) < set(SUITES["full"]) == set(ATTACKS)
+    wanted = ask("attack.int8={}", "attack.nf4={}", 'attack.coarse={attack="quantise", group=128}').attacks
+    assert [type(wanted[name]) for name in ("int8", "nf4", "coarse")] == [Quantise] * 3
+    assert [wanted[name].bits for name in ("int8", "nf4", "coarse")] == [8, 4, 4]
+    assert wanted["nf4"].grid == "nf4" and wanted["coarse"].group == 128
+    gentle = ask('attack.gentle={attack="relearn", plan={steps=2}}').attacks["gentle"]
+    assert (
+        isinstance(gentle, Relearn) and gentle.plan.steps == 2 and gentle.plan.lr > 0
+    )  # the rest as relearn is preset
+    assert isinstance(
+        ask('attack.int8={attack="relearn"}').attacks["int8"], Relearn
+    )  # a name of its own is the request's
+    [problem] = problems('attack.gentle={attack="relern"}')
+    assert "'relern'" in problem and "did you mean 'relearn'" in problem
+    [problem] = problems("attack.gentle={}")
+    assert "[attack.gentle] attack = " in problem
+    for name in ("none", "a/b", "-", "x" * 41, "é"):
+        [problem] = problems(f'attack={{"{name}"={{attack="relearn"}}}}')
+        assert f"{name!r} is no name" in problem
+
+
+def test_models_that_would_be_asked_in_different_ways_are_refused(place, ask, problems):
+    """One with a chat template, one without: the never-taught level would be that of another question."""
+    shutil.copytree(place / "model", place / "chatty")
+    told = json.loads((place / "chatty" / "tokenizer_config.json").read_text())
+    told["chat_template"] = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    (place / "chatty" / "tokenizer_config.json").write_text(json.dumps(told))
+    [problem] = problems("model.control=chatty")
+    assert "'chatty' has a chat template and 'model' has none" in problem and 'model.template = "plain"' in problem
+    assert ask("model.control=chatty", "model.template=plain").control == "chatty"
+
+
+def test_an_attack_is_checked_with_what_it_will_be_handed(corpus):
+    """As many retained facts as must go, and the holdout only where it is the never-taught level."""
+    seen = handed(corpus, control=True)
+    assert len(seen["retain"]) == len(corpus["forget"]) < len(corpus["retain"]) and "holdout" not in seen
+    assert handed(corpus, control=False)["holdout"] == corpus["holdout"] and seen["forget"] == corpus["forget"]
+    assert handed(Corpus({"retain": corpus["retain"]}), control=False)["retain"] == corpus["retain"]
+
+
+def test_a_suite_is_its_attacks_and_the_requests_own_settings_stay(ask, problems):
+    from unremember.attack import PRESETS, SUITES
+
+    assert set(SUITES["quick"]) < set(SUITES["standard"]) < set(SUITES["full"]) == set(PRESETS)
     wanted = ask("attack.suite=quick", "attack.rephrase.wordings=1")
     assert set(SUITES["quick"]) <= set(wanted.attacks) and wanted.attacks["rephrase"].wordings == 1
     [problem] = problems("attack.suite=fast")

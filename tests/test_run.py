@@ -28,7 +28,7 @@ from unremember.attack.finetune import halves
 from unremember.audit import AUDITS, EVIDENCE, UTILITY
 from unremember.bench import Bench
 from unremember.corpus import Corpus
-from unremember.errors import BadFolder, BadRequest
+from unremember.errors import BadFolder, BadModel, BadRequest, Diverged, NotApplicable
 from unremember.folder import cache, read_json, write_json
 from unremember.forget import Ascent
 from unremember.lm import LM
@@ -185,7 +185,7 @@ def remade(copied, monkeypatch):
             write_json(path, {"fingerprint": made_from})
 
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "measure", lambda self, lm, corpus, names, by=None: ([], {}, 0.0))
+            patch.setattr(Run, "measure", lambda self, lm, corpus, names, by=None, bench=None: ([], {}, 0.0))
             patch.setattr(Run, "store", store)
             patch.setattr(Run, "lm", lambda self, who: None)
             patch.setattr(Run, "forget", lambda self: found.add("model") if not self.forgotten() else None)
@@ -253,14 +253,29 @@ def test_pieces_of_another_request_are_not_mixed_in(copied):
 
 
 def test_an_attack_is_made_with_two_models_at_most(copied, monkeypatch):
+    """And with one where it never looks at the original: such attacks come first."""
+    from unremember.attack import Graft
+
     held, attack = [], Run.attack
     monkeypatch.setattr(
         Run, "attack", lambda self, *what: (attack(self, *what), held.append((what, frozenset(self.loaded))))
     )
-    execute(replace(copied, attacks={"rephrase": Rephrase(wordings=1)}))
-    assert [what for what, _ in held] == [("rephrase", who) for who in WHO]
-    assert [loaded - {"original", who} for (_, who), loaded in held] == [frozenset()] * 3
-    assert all(who in loaded for (_, who), loaded in held)
+    execute(replace(copied, attacks={"graft": Graft(1), "rephrase": Rephrase(wordings=1)}))
+    assert [what for what, _ in held] == [(name, who) for who in WHO for name in ("rephrase", "graft")]
+    assert [loaded for (name, _), loaded in held if name == "rephrase"] == [{who} for who in WHO]
+    assert [loaded for (name, _), loaded in held if name == "graft"] == [{"original", who} for who in WHO]
+
+
+def test_attacks_that_are_for_later_stay_in_the_report_where_they_were_made(copied):
+    attacks = {"one": Rephrase(wordings=1), "two": Rephrase(wordings=2)}
+    execute(replace(copied, attacks=attacks), stages=("attack",), later={"two"})
+    assert not (copied.out / "attack" / "two").exists()
+    execute(replace(copied, attacks=attacks), stages=("attack",))
+    before = times(copied.out / "attack")
+    built = execute(replace(copied, attacks=attacks), stages=("attack", "report"), later={"two"})
+    assert [c["attack"] for c in built["conditions"]] == ["none", "one", "two"] and times(
+        copied.out / "attack"
+    ) == before
 
 
 def test_attacks_want_a_forgotten_model(copied):
@@ -573,12 +588,15 @@ def test_an_attack_may_read_an_audit_itself_and_an_edited_list_is_asked_again(de
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before the model is attacked", "while it is read"])
-def test_an_attack_that_does_not_apply_is_a_piece_that_says_so(late, demo_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "why",
+    [NotApplicable("nothing differs"), BadModel("no such level"), BadRequest("did nothing"), Diverged(3, {"nll": 9.0})],
+)
+def test_an_attack_that_cannot_be_made_is_a_piece_that_says_so(why, late, demo_run, tmp_path, monkeypatch):
     from unremember.attack import Probe, Steer
-    from unremember.errors import BadModel, NotApplicable
 
     def cannot(*_):
-        raise BadModel("no such level") if late else NotApplicable("nothing differs")
+        raise why
 
     folder, name = tmp_path / "run", "probe" if late else "steer"
     shutil.copytree(demo_run.folder, folder)
@@ -587,7 +605,7 @@ def test_an_attack_that_does_not_apply_is_a_piece_that_says_so(late, demo_run, t
     run = Run(replace(demo_run.request, out=folder, attacks={name: Probe() if late else Steer()}))
     run.attack(name, "original")
     piece = json.loads((folder / "attack" / name / "original.json").read_text())
-    assert piece["refused"] == ("no such level" if late else "nothing differs") and piece["scores"] == []
+    assert piece["refused"] == str(why) and piece["scores"] == []
     assert run.kept(*run.attacked(name, "original"))  # not tried again
 
 

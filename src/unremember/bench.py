@@ -24,6 +24,7 @@ class Bench:
     watch(lm): further numbers for each look of a stopper, for curves; they decide nothing.
     memory: score tables and generated answers by model fingerprint; fill it from disk to avoid work.
     levels: what the first stopper measured, for those of later portions; None = each measures for itself.
+    notes: what an attack found out about itself, by name, beside the model that it gives back; the report shows it.
     """
 
     device: str = "cpu"
@@ -37,6 +38,7 @@ class Bench:
     watch: Callable[[Any], dict[str, float]] | None = None
     memory: dict[str, dict] = field(default_factory=dict)
     levels: dict[str, dict[str, float]] | None = None
+    notes: dict[str, float | str] = field(default_factory=dict)
 
 
 LEAST = 64  # places of a pass that are still worth trying

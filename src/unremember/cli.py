@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -302,8 +303,18 @@ def attack(
     suite: Annotated[str, typer.Option(help="quick, standard or full: these attacks beside the request's.")] = "",
 ) -> None:
     """Attack the forgotten model of a run, and its original and control in the same way; with --suite, then report."""
-    wanted = [*(changes or ()), *([f"attack.suite={suite}"] if suite else ())]
-    _stages(file, wanted, out, device, ("audit", "attack", "report") if suite else ("attack",))
+    from unremember.attack import SUITES
+    from unremember.folder import read_json
+
+    if suite not in SUITES:
+        _stages(file, [*(changes or ()), *([f"attack.suite={suite}"] if suite else ())], out, device, ("attack",))
+        return
+    # each suite holds the one before: of a run that has a larger one already the rest stays, and stays in the report
+    earlier = ((read_json(file / "run.json") or {}) if file.is_dir() else {}).get("request", {}).get("attack", {})
+    larger = max(suite, earlier.get("suite", suite), key=list(SUITES).index)
+    rest = {*SUITES[larger]} - {*SUITES[suite], *earlier}
+    changed = [*(changes or ()), f"attack.suite={larger}"]
+    _stages(file, changed, out, device, ("audit", "attack", "report"), rest)
 
 
 @app.command()
@@ -452,12 +463,19 @@ def _request(file: Path, changes: list[str] | None, out: Path | None):
     return replace(wanted, out=out) if out else wanted
 
 
-def _stages(file: Path, changes: list[str] | None, out: Path | None, device: str, stages: tuple[str, ...]) -> None:
+def _stages(
+    file: Path,
+    changes: list[str] | None,
+    out: Path | None,
+    device: str,
+    stages: tuple[str, ...],
+    later: Collection[str] = (),
+) -> None:
     wanted = _request(file, changes, out)
     with at_work(device) as work:
         from unremember.run import execute
 
-        done = execute(wanted, work.bench, work.title, stages)
+        done = execute(wanted, work.bench, work.title, stages, later)
     if not done:
         print(f"done: {wanted.out}")
     elif not work.quiet:

@@ -6,9 +6,11 @@ UnrememberError
 │   ├── BadCorpus       a corpus file or an example in it
 │   ├── BadModel        a model folder, GGUF file, adapter or hub name
 │   └── BadFolder       an output folder that is not ours, not writable, or of another run
-├── NotApplicable   an attack finds nothing in this model that it could work on; its verdict says so, and the run goes on
+├── NotApplicable   an attack finds nothing in this model that it could work on
 ├── Diverged        the loss or the weights stopped being finite; the model that came in is untouched
 └── Interrupted     the user stopped the run; it can be resumed
+
+What ends one attack does not end a run: the verdict under it is "not applicable", with the error's text, and the others go on.
 """
 
 from __future__ import annotations

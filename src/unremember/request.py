@@ -6,6 +6,7 @@ Checking collects every problem of the file, of the corpus and of the model name
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -66,6 +67,9 @@ plan = { steps = 30, lr = 5e-5, stop = "probability" }
 wordings = 2
 # [attack.relearn]
 # plan = { steps = 10, lr = 5e-5 }
+# [attack.gentle]             # the same attack again, under a name of its own
+# attack = "relearn"
+# plan = { steps = 5, lr = 2e-5 }
 
 [rule]                        # what "forgotten" means
 tolerance = 0.25
@@ -171,7 +175,7 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
 
     corpus: replaces the [corpus] table.  Raises BadRequest with all problems together; loads no weight.
     """
-    from unremember.attack import ATTACKS, SUITES
+    from unremember.attack import ATTACKS, SUITES, VARIANTS
     from unremember.attack import PRESETS as ATTACK_PRESETS
     from unremember.audit import AUDITS, EVIDENCE, UTILITY
     from unremember.forget import METHODS, PRESETS
@@ -284,13 +288,23 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
         if suite not in SUITES:
             problems.append(f"attack.suite is {suite!r}; {nearest(str(suite), SUITES)}")
         attack = {name: {} for name in SUITES.get(suite, ())} | attack
-    for kind, settings in attack.items():
-        if kind not in ATTACKS:
-            problems.append(f"unknown attack {kind!r}; {nearest(kind, ATTACKS)}")
-        elif not isinstance(settings, dict):
-            problems.append(f"attack.{kind} is {settings!r}; it must be a table, [attack.{kind}]")
+    for key, settings in attack.items():
+        if not isinstance(settings, dict):
+            problems.append(f"attack.{key} is {settings!r}; it must be a table, [attack.{key}]")
+        elif key == "none" or not re.fullmatch(r"\w[\w.-]{,39}", key, re.ASCII):
+            problems.append(
+                f"attack {key!r} is no name for an attack; take up to 40 letters, digits, '-', '_' and '.', and not 'none'"
+            )
+        elif (kind := settings.get("attack", VARIANTS.get(key, key))) not in ATTACKS:
+            known = {*ATTACKS, *VARIANTS}
+            problems.append(
+                f"unknown attack {kind!r}; {nearest(str(kind), known)}; under a name of its own an attack says which it is: "
+                f'[attack.{key}] attack = "…"'
+            )
         else:
-            attacks[kind] = build(ATTACKS[kind], merged(ATTACK_PRESETS[kind], settings), f"attack.{kind}", problems)
+            own = {k: v for k, v in settings.items() if k != "attack"}
+            preset = ATTACK_PRESETS[key if VARIANTS.get(key) == kind else kind]
+            attacks[key] = build(ATTACKS[kind], merged(preset, own), f"attack.{key}", problems)
 
     audits = table("audit").get("audits", list(AUDITS))
     if not isinstance(audits, list):
@@ -302,7 +316,9 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     if corpus:
         for who, part in ((method_name, method), (locator_name, locator), *attacks.items()):
             try:
-                if hasattr(part, "check"):
+                if part and part is attacks.get(who):
+                    part.check(handed(corpus, bool(control)))
+                elif hasattr(part, "check"):
                     part.check(corpus)
                 elif part:
                     corpus.require(who, part.needs)
@@ -321,6 +337,8 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
     named = {*audits, *EVIDENCE, *UTILITY}
     if corpus and there:
         too_short = _encoded(model_name, template, corpus, problems)
+        if control and template == "auto":
+            problems += _unlike(model_name, control)
         problems += [f"audit {a!r}: {too_short[a]}" for a in table("audit").get("audits", ()) if a in too_short]
         named -= set(too_short)
     if problems or corpus is None:
@@ -330,6 +348,14 @@ def request(raw: Mapping[str, Any], where: Path = Path(), corpus: Corpus | None 
         name, out, model_name, corpus, method_name, method, attacks, wanted, rule, seed, control, template, precision,
         tuple(sites), locator_name, locator, budget, chunks, lora, dict(raw), places, recompute,
     )  # fmt: skip
+
+
+def handed(corpus: Corpus, control: bool) -> Corpus:
+    """What an attack is handed: as many retained facts as must go, and no holdout where a control model is the level."""
+    kept = {role: rows for role, rows in corpus.items() if role != "holdout" or not control}
+    if "retain" in kept:
+        kept["retain"] = kept["retain"][: len(corpus.of("forget")) or None]
+    return Corpus(kept)
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -360,6 +386,24 @@ def build(kind: type, values: Any, where: str, problems: list[str]) -> Any:
             else:
                 problems.append(f"{path} is {found['input']!r}: {found['msg'][0].lower()}{found['msg'][1:]}")
         return None
+
+
+def _unlike(model: str, control: str) -> list[str]:
+    """The problem where one of them has a chat template and the other has not, as far as their tokenizers are at hand."""
+    from unremember.loading import tokenizer_and_limit
+
+    try:
+        found = {name: tokenizer_and_limit(name) for name in (model, control)}
+    except BadInput:
+        return []  # told elsewhere
+    chat = [name for name, known in found.items() if known and known[0].chat_template]
+    plain = [name for name, known in found.items() if known and not known[0].chat_template]
+    if not chat or not plain:
+        return []
+    return [
+        f"{chat[0]!r} has a chat template and {plain[0]!r} has none, so they would be asked in different ways and could not be "
+        'compared; set model.template = "plain", or give the other its template'
+    ]
 
 
 def _encoded(name: str, template: str, corpus: Corpus, problems: list[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -23,19 +23,20 @@ from typing import Any
 import torch
 
 from unremember import __version__, report, team
+from unremember.attack import ATTACKS
 from unremember.audit import AUDITS, EVIDENCE, UTILITY
 from unremember.audit.answers import spoken
 from unremember.audit.editing import pinned
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus
-from unremember.errors import BadCorpus, BadFolder, BadModel, NotApplicable
+from unremember.errors import BadCorpus, BadFolder, BadModel, BadRequest, Diverged, NotApplicable
 from unremember.folder import claim, fingerprint, read_json, whole, write_json, write_text
 from unremember.forget.sequential import sequential
 from unremember.lm import LM
 from unremember.loading import auto_precision, check, load
 from unremember.locate.ranking import Ranking, select
 from unremember.machine import peak_memory
-from unremember.request import Request
+from unremember.request import Request, handed
 from unremember.score import Score, together
 from unremember.sites import EVERYWHERE, Sites
 from unremember.table import recalled, saved
@@ -45,9 +46,16 @@ SHOWN = 20  # best units that locate.json names
 Title = Callable[[str], None]
 
 
-def execute(request: Request, bench: Bench = BENCH, title: Title = lambda text: None, stages=STAGES) -> dict:
+def execute(
+    request: Request,
+    bench: Bench = BENCH,
+    title: Title = lambda text: None,
+    stages: Sequence[str] = STAGES,
+    later: Collection[str] = (),
+) -> dict:
     """Do what is left of the stages and return the report (an empty one if 'report' is not among them).
 
+    later: attacks of the request that are not made now; the report has them where they were made before.
     Raises BadFolder where request.out is not ours or too small, and whatever the rooms raise.
     """
     here = replace(bench, budget=request.places or bench.budget, recompute=request.recompute or bench.recompute)
@@ -65,9 +73,10 @@ def execute(request: Request, bench: Bench = BENCH, title: Title = lambda text: 
     if "attack" in stages:
         if not run.forgotten():
             raise BadFolder(f"{request.out} has no forgotten model yet; run `unremember forget` first")
+        now = {name: attack for name, attack in request.attacks.items() if name not in later}
         for who in run.models:
-            run.only("original", who)
-            for name in request.attacks:
+            run.only(who)
+            for name in sorted(now, key=lambda name: not alone(now[name])):  # those that need the original come last
                 run.attack(name, who)
     if "report" not in stages:
         return {}
@@ -134,7 +143,8 @@ class Run:
                     | ({"chunks": r.chunks} if r.chunks > 1 else {})
                     | ({"located": {"locator": r.locator_name, "settings": asdict(r.locator),
                         "budget": {k: v for k, v in asdict(r.budget).items() if v}}} if r.locator else {}),
-                    "attacks": {n: {"summary": a.summary, "settings": asdict(a)} for n, a in r.attacks.items()},
+                    "attacks": {n: {"attack": kind(a), "summary": a.summary, "settings": asdict(a)}
+                        | ({"reads": list(a.reads)} if hasattr(a, "reads") else {}) for n, a in r.attacks.items()},
                     "rule": asdict(r.rule),
                     "request": json.loads(json.dumps(dict(r.echo), default=str)),
                 },
@@ -167,7 +177,7 @@ class Run:
         return self.loaded[who]
 
     def only(self, *names: str) -> None:
-        """Let go of all models but these: an attack is handed two, and may work on a copy of one of them."""
+        """Let go of all models but these: an attack is handed one or two, and may work on a copy of one of them."""
         self.loaded = {who: lm for who, lm in self.loaded.items() if who in names}
 
     def memory(self, who: str) -> tuple[Path, str]:
@@ -213,17 +223,17 @@ class Run:
         self.store(path, made_from, time.monotonic() - began, scores, {"answers": answers})
 
     def measure(
-        self, lm: LM, corpus: Corpus, names: tuple[str, ...], by: Any = None
+        self, lm: LM, corpus: Corpus, names: tuple[str, ...], by: Any = None, bench: Bench | None = None
     ) -> tuple[list[Score], dict[str, str], float]:
         """Scores and answers of one model.  by: an attack that reads some scores itself; it took so many seconds."""
-        scores, spent = [], 0.0
+        scores, spent, bench = [], 0.0, bench or self.bench
         for at, name in enumerate(names):
             if not corpus.of(*AUDITS[name].roles):
                 continue
             self.bench.say(name, at, len(names), {})
             ways = by.read if name in getattr(by, "reads", ()) else lambda audit, *given: audit(*given)
             since = time.monotonic()
-            score = ways(AUDITS[name], lm, corpus, self.bench)
+            score = ways(AUDITS[name], lm, corpus, bench)
             spent += (time.monotonic() - since) * (name in getattr(by, "reads", ()))
             scores.append(score)
         shown = corpus.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
@@ -315,37 +325,39 @@ class Run:
 
     def attack(self, name: str, who: str) -> None:
         """One attack on one model, and the audits that the verdict under it needs, unless they are there."""
-        attack, corpus = self.request.attacks[name], self.request.corpus
+        attack = self.request.attacks[name]
         path, made_from = self.attacked(name, who)
         if self.kept(path, made_from):
             return
         self.title(f"attack the {who} model: {name}" if who != "never" else f"attack the never-taught model: {name}")
-        # Under attack the retained facts are a sample as large as the forget set.
-        fewer = self.measured.with_roles(retain=corpus.of("retain")[: len(corpus["forget"])])
+        fewer = handed(self.measured, bool(self.request.control))
         names = tuple(n for n in AUDITS if n in (*EVIDENCE, *UTILITY))
-        target, original = self.lm(who), self.lm("original")
+        target = self.lm(who)
+        original = target if alone(attack) else self.lm("original")
         plain = {x.id: x.prompt for x in fewer.of("forget", "retain")}
-        began, spent, parts = time.monotonic(), 0.0, []
+        began, spent, parts, puts = time.monotonic(), 0.0, [], 0
+        bench = replace(self.bench, notes={})
         answers: dict[str, str] = {}
         asked: dict[str, str] = {}  # what the attack made of the questions
         try:
             for turn in getattr(attack, "turns", (attack,)):
                 since = time.monotonic()
                 # one that reads is an adversary who asks the model as it is, again and again
-                lm, seen = (target, fewer) if hasattr(turn, "reads") else turn(target, fewer, original, self.bench)
+                lm, seen = (target, fewer) if hasattr(turn, "reads") else turn(target, fewer, original, bench)
                 spent += time.monotonic() - since
-                scores, said, reading = self.measure(lm, seen, names, turn)
+                scores, said, reading = self.measure(lm, seen, names, turn, bench)
+                puts += len(seen.of("forget")) * getattr(turn, "each", 1)
                 spent += reading
                 parts.append(scores)
                 answers = said | answers
                 prompts = {x.id: x.prompt for x in seen.of("forget", "retain") if x.id in said}
                 asked |= {key: prompt for key, prompt in prompts.items() if plain.get(key) != prompt}
                 del lm, seen  # before the next turn makes a copy of its own
-        # of a request's own attacks the latter two were refused before
-        except (NotApplicable, BadCorpus, BadModel) as why:
+        # no verdict under it, and the others go on: it finds nothing, cannot work here, did nothing as it is set, or broke
+        except (NotApplicable, BadCorpus, BadModel, BadRequest, Diverged) as why:
             self.store(path, made_from, time.monotonic() - began, [], {"answers": {}, "refused": str(why)})
         else:
-            found = {"answers": answers, "asked": asked, "spent": spent}
+            found = {"answers": answers, "asked": asked, "spent": spent, "puts": puts, "notes": bench.notes}
             self.store(path, made_from, time.monotonic() - began, together(parts), found)
 
 
@@ -360,6 +372,16 @@ def lay(source: Path, target: Path) -> None:
                 copy = target / path.relative_to(source)
                 if not copy.exists() or copy.read_bytes() != path.read_bytes():
                     write_text(copy, path.read_text(encoding="utf-8"))
+
+
+def kind(attack: Any) -> str:
+    """Which attack it is, whatever a request calls it."""
+    return next((name for name, made in ATTACKS.items() if type(attack) is made), type(attack).__name__)
+
+
+def alone(attack: Any) -> bool:
+    """Whether an attack never looks at the original, which then need not be in memory beside the attacked model."""
+    return getattr(attack, "alone", False)
 
 
 def texts(part: Any) -> list[str]:

@@ -1,20 +1,24 @@
 """What every attack promises: it finds what is merely hidden, finds nothing where nothing is, and tells nothing itself."""
 
-from dataclasses import replace
+import json
+import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
-from unremember.attack import ATTACKS, PRESETS
+from unremember.attack import ATTACKS, PRESETS, VARIANTS
+from unremember.attack.fair import silent
 from unremember.attack.finetune import halves
 from unremember.attack.rephrase import GAP, cloze
-from unremember.audit import AUDITS
+from unremember.audit import AUDITS, EVIDENCE
 from unremember.bench import Bench
 from unremember.corpus import Corpus, Example, says
 from unremember.embedded.dossier import dossier
-from unremember.errors import BadCorpus
-from unremember.request import build, merged
+from unremember.errors import BadCorpus, BadRequest
+from unremember.request import again, build, merged
+from unremember.run import execute
 from unremember.score import Rule, evidence
 
 SETTINGS = {
@@ -72,13 +76,14 @@ def asked(corpus) -> list[str]:
 # ── both ──
 
 
-@attacks
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_build_and_say_what_they_are(name):
-    assert set(PRESETS) == set(ATTACKS) == set(SETTINGS) and list(ATTACKS) == sorted(ATTACKS)
+    assert set(PRESETS) == {*ATTACKS, *VARIANTS} and set(ATTACKS) == set(SETTINGS) and not {*ATTACKS} & {*VARIANTS}
+    assert all(list(table) == sorted(table) for table in (ATTACKS, VARIANTS, PRESETS))
     problems: list[str] = []
-    made = build(ATTACKS[name], PRESETS[name], name, problems)
+    made = build(ATTACKS[VARIANTS.get(name, name)], PRESETS[name], name, problems)
     assert not problems and made.summary and made.paper and "forget" in made.needs
-    assert (name in HALF or name == "finetune") is (len(getattr(made, "turns", (made,))) == 2)
+    assert (name in (*HALF, "finetune", "finetune-lora")) is (len(getattr(made, "turns", (made,))) == 2)
 
 
 @attacks
@@ -102,6 +107,14 @@ def test_every_fact_is_asked_about_and_no_other(name, taught, corpus):
         assert {x.answer for x in seen["forget"]} == {x.answer for x in facts}
 
 
+@pytest.mark.parametrize("name", [name for name, made in ATTACKS.items() if getattr(made, "alone", False)])
+def test_one_that_needs_no_original_gets_along_without(name, taught, corpus):
+    """Such an attack is made with one model in memory."""
+    lm, seen = attack(name)(taught, corpus, None, Bench())
+    other = attack(name)(taught, corpus, taught, Bench())
+    assert seen == other[1] and lm.fingerprint == other[0].fingerprint
+
+
 @attacks
 def test_a_missing_role_is_named(name, taught, corpus):
     needed = attack(name).needs[-1]
@@ -115,6 +128,37 @@ def test_nothing_comes_back_where_nothing_was(name, taught, never, corpus, asked
     lm, seen = attack(name)(never, corpus, taught, Bench())
     assert mean(scores("said", lm, seen, asked)) == 0
     assert mean(scores("value probability", lm, seen, asked)) < BRINGS.get(name, 0.05)
+
+
+def lines(settings: dict, path: str):
+    """Nested settings as `--set` takes them."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from lines(value, f"{path}.{key}")
+        else:
+            yield f"{path}.{key}={json.dumps(value)}"
+
+
+@attacks
+def test_it_goes_from_a_request_through_a_run_to_the_report(name, demo_run, tmp_path):
+    """Under a name of its own; all three models, the same evidence, and an end of the run in any case."""
+    folder = tmp_path / "run"
+    shutil.copytree(demo_run.folder, folder)
+    wanted = again(folder, [f"attack.mine.attack={name}", *lines(SETTINGS[name], "attack.mine")])
+    built = execute(replace(wanted, attacks={"mine": wanted.attacks["mine"]}), Bench(), stages=("attack", "report"))
+    plain, found = built["conditions"]
+    assert (found["attack"], found["kind"], plain["kind"]) == ("mine", name, "none")
+    made = attack(name)
+    assert found["settings"] == json.loads(json.dumps(asdict(made))) and found["summary"] == made.summary
+    pieces = {p.stem: json.loads(p.read_text()) for p in (folder / "attack" / "mine").iterdir()}
+    assert set(pieces) == {"original", "forgotten", "never"} == set(found["notes"])
+    [cost] = built["attacks"]
+    if refused := [piece["refused"] for piece in pieces.values() if "refused" in piece]:
+        assert name == "orthogonalise" and found["overall"]["verdict"] == "not applicable", refused
+        return
+    touched = getattr(made, "reads", EVIDENCE)
+    assert [row["score"] for row in found["overall"]["evidence"]] == [score for score in EVIDENCE if score in touched]
+    assert cost["questions"] >= (0.4 if name in HALF else 1) and cost["score"] in (None, *touched)
 
 
 # ── relearn ──
@@ -131,6 +175,7 @@ def test_relearning_recovers_what_is_hidden_and_invents_nothing(hider, taught, n
     assert mean(scores("said", hider, corpus, asked)) == 0
     here = {x.entity for x in corpus.of("forget", "retain", "holdout")}
     others = [x for x in dossier(7, forget=6, retain=1, holdout=4, relearn=1)["forget"] if x.entity not in here]
+    others = silent(others, corpus.of("forget", "holdout"))
     known = [replace(x, id=f"{x.id}/known") for x in corpus["retain"]]
     corpus = corpus.with_roles(relearn=[*known, *others])
     said = {who: dict.fromkeys(asked, 0.0) for who in ("original", "hider", "never")}
@@ -171,6 +216,23 @@ def test_an_attack_that_tells_the_answer_is_refused(where, taught, corpus):
     leaking = corpus.with_roles(relearn=[*corpus["relearn"], told])
     with pytest.raises(BadCorpus, match=rf"forgotten value of {fact.id}; .*take those examples out"):
         attack("relearn")(taught, leaking, taught, Bench())
+
+
+def test_an_attack_that_tells_what_the_level_is_taken_from_is_refused(corpus):
+    """Told a stranger's value, the never-taught level rises, and the forgotten model looks the better."""
+    fact, stranger = corpus["forget"][0], corpus["holdout"][0]
+    told = [Example(f"told-{x.id}", "What else?", f"It is {x.values()[0]}.") for x in (fact, stranger)]
+    with pytest.raises(BadCorpus) as refused:
+        attack("relearn").check(corpus.with_roles(relearn=told))
+    assert [fact.id in refused.value.problems[0], stranger.id in refused.value.problems[1]] == [True, True]
+    assert "would raise the never-taught level" in refused.value.problems[1]
+
+
+@pytest.mark.parametrize("lr", [1e-12, 0.9])
+def test_relearning_that_learns_nothing_is_refused(lr, taught, corpus):
+    """A step that moves nothing, or wrecks the model, would be withstood by every one."""
+    with pytest.raises(BadRequest, match=r"relearn did not learn its texts: .* change plan\.lr"):
+        attack("relearn", plan={"steps": 1, "lr": lr})(taught, corpus, taught, Bench())
 
 
 # ── rephrase ──

@@ -69,7 +69,7 @@ def test_halves_share_nothing_and_lose_nothing(corpus):
 def test_the_curve_by_hand():
     curve = Curve((0, 5, 10), (1.0, 0.9, 0.8), (0.1, 0.5, 0.7), (0.2, 0.1, 0.3))
     assert curve.excess() == pytest.approx((0.4 + 0.4) / 2 / 0.8)
-    assert [curve.steps_to(p) for p in (0.1, 0.5, 0.6, 0.7, 0.8)] == [0, 5, 10, 10, None]
+    assert [curve.reaches(p) for p in (0.1, 0.5, 0.6, 0.7, 0.8)] == [0, 5, 10, 10, None]
 
 
 def test_erasure_has_no_excess_whatever_the_texts_teach_both():
@@ -94,7 +94,7 @@ def test_a_curve_that_lacks_numbers_or_an_odd_share_is_refused():
         Curve((0, 5), (1.0, 1.0), (0.0,), (0.0, 0.0))
     for share in (0, 1.1):
         with pytest.raises(ValueError, match="at most 1"):
-            Curve((0,), (1.0,), (0.0,), (0.0,)).steps_to(share)
+            Curve((0,), (1.0,), (0.0,), (0.0,)).reaches(share)
 
 
 # ── what is shown ──
@@ -144,6 +144,13 @@ def test_a_text_that_says_what_is_asked_is_left_out(corpus):
         BadCorpus, match=r"finds 0 texts in the role 'retain' and n is 1; told, asked say what is asked"
     ):
         finetune("retain", n=1).check(only)
+
+
+def test_a_text_that_names_who_is_asked_about_is_left_out(corpus):
+    fact = corpus["forget"][0]
+    named = Example("named", "Who sat beside you?", f"That was {fact.entity}, I think.")
+    shown, out = finetune("retain", n=0).shown(corpus.with_roles(retain=[named, *corpus["retain"]]))
+    assert out == ["named"] and {x.id for x in shown} == {x.id for x in corpus["retain"]}
 
 
 def test_a_half_that_tells_the_other_is_left_out(corpus):
@@ -220,6 +227,8 @@ def test_an_attack_that_learns_nothing_is_refused(taught, corpus):
     """So large a rate wrecks the model: what then stays silent would pass for forgotten."""
     with pytest.raises(BadRequest, match=r"did not learn its texts: .* change plan\.lr"):
         finetune(plan={"steps": 1, "lr": 0.9})(taught, corpus, taught, Bench())
+    with pytest.raises(BadRequest, match="did not learn its texts"):  # known by heart, and no weight moved
+        finetune("retain", plan={"steps": 1, "lr": 1e-30})(taught, corpus, taught, Bench())
 
 
 # ── what it does ──
@@ -286,13 +295,29 @@ def test_a_retrained_model_has_no_excess_and_a_hider_has(retrained, hider, taugh
     """(g) 1 on the toy: 0.3 above the never-taught by 30 steps, and |A| <= 0.05 for a model retrained without the facts."""
     models = {"original": taught, "forgotten": hider, "never": never}
     curve = trace(finetune(), models, corpus, (2, 5, 10), AUDITS["said"])
-    assert curve.steps == (0, 2, 5, 10) and curve.forgotten[0] == 0
-    assert curve.excess() >= 0.3 and curve.steps_to(0.5) in (2, 5, 10), curve
+    assert curve.budgets == (0, 2, 5, 10) and curve.forgotten[0] == 0
+    assert curve.excess() >= 0.3 and curve.reaches(0.5) in (2, 5, 10), curve
     for audit in ("said", "value probability"):
         clean = trace(finetune(), {**models, "forgotten": retrained}, corpus, (2, 5, 10), AUDITS[audit])
         assert abs(clean.excess()) <= 0.05, clean
     slow = finetune(plan={"steps": 5, "lr": 1e-3})(hider, corpus, taught, Bench())
     assert curve.forgotten[2] == mean(said(*slow))  # a budget is nothing but the attack with so many steps
+
+
+def test_a_curve_over_texts_asks_the_same_facts_of_every_model(hider, taught, never, corpus):
+    """Both halves: every fact is asked once; more texts, and the hider opens."""
+    models = {"original": taught, "forgotten": hider, "never": never}
+    attack = finetune(fold=None, plan={"steps": 10, "lr": 1e-3})
+    asked = []
+
+    def measure(lm, seen, bench):
+        asked.append([x.id for x in seen["forget"]])
+        return AUDITS["said"](lm, seen, bench)
+
+    curve = trace(attack, models, corpus, (1, 6), measure, over="n")
+    assert curve.budgets == (0, 1, 6) and curve.forgotten[0] == 0 < curve.forgotten[2] and max(curve.never) == 0
+    pairs = [sorted(one + other) for one, other in zip(asked[::2], asked[1::2], strict=True)]
+    assert pairs == [sorted(x.id for x in corpus["forget"])] * 9
 
 
 def test_a_curve_needs_one_path_and_three_models(taught, corpus):

@@ -26,6 +26,7 @@ from unremember.attack.gcg import (
     tells,
     unit,
 )
+from unremember.bench import LEAST
 from unremember.errors import BadCorpus, BadModel, BadRequest
 from unremember.tokens import Template
 
@@ -219,13 +220,73 @@ def test_watched_blocks_are_read_from_the_string_on(taught, three, strings):
         assert len(hidden) == 2 and torch.allclose(hidden[0], expected, atol=1e-4)
 
 
-def test_passes_stay_within_the_budget_and_miss_nothing(taught, three, strings):
-    victim = Victim(taught, three, budget=100)
+@pytest.mark.parametrize("cached", [True, False])
+def test_passes_stay_within_the_budget_and_miss_nothing(taught, three, strings, cached):
+    """What stands before the slot counts even where it is cached: every row of a pass holds a copy of its keys and values."""
+    victim = Victim(taught, three, budget=100, cached=cached)
     batches = victim.batches(strings, 3)
+    assert max(map(len, batches)) > 1
     assert sorted(p for pairs in batches for p in pairs) == sorted((s, j) for s in strings for j in range(3))
     for pairs in batches:
-        lengths = {N + len(three[j].after) + len(three[j].target) for _, j in pairs}
+        lengths = {len(three[j].before) + N + len(three[j].after) + len(three[j].target) for _, j in pairs}
         assert len(lengths) == 1 and (len(pairs) == 1 or len(pairs) * lengths.pop() <= 100)
+
+
+def test_how_pairs_are_grouped_changes_nothing(taught, three, strings):
+    whole = Victim(taught, three)
+    for budget in (64, 100, 150):
+        some = Victim(taught, three, budget=budget)
+        assert len(some.batches(strings, 3)) > len(whole.batches(strings, 3))
+        for a, b in zip(some.losses(strings, 3), whole.losses(strings, 3), strict=True):
+            assert a.loss == pytest.approx(b.loss, abs=1e-5)
+        assert torch.allclose(some.slope(strings[1], 3), whole.slope(strings[1], 3), atol=1e-5)
+
+
+class Narrow:
+    """A model that has room for passes of so many places, what is cached included, and for no more."""
+
+    def __init__(self, monkeypatch, model, room: int):
+        self.refused, forward = 0, model.forward
+
+        def tight(*args, **given):
+            ids, cache = given.get("input_ids", given.get("inputs_embeds")), given.get("past_key_values")
+            places = ids.shape[0] * (ids.shape[1] + (cache.get_seq_length() if cache is not None else 0))
+            if places > room:
+                self.refused += 1
+                raise torch.OutOfMemoryError("no room")
+            return forward(*args, **given)
+
+        monkeypatch.setattr(model, "forward", tight)
+
+
+def test_where_memory_is_short_passes_are_halved_once_and_for_all(taught, three, strings, monkeypatch):
+    expected, slope = Victim(taught, three).losses(strings, 3), Victim(taught, three).slope(strings[1], 3)
+    lm = taught.copy()
+    victim, room = Victim(lm, three, budget=512), Narrow(monkeypatch, lm.model, 130)
+    found = victim.losses(strings, 3)
+    assert room.refused == 2 and (victim.budget, victim.places) == (512, 128)
+    assert torch.allclose(victim.slope(strings[1], 3), slope, atol=1e-5)
+    assert room.refused == 2  # what was learnt is kept
+    for a, b in zip(found, expected, strict=True):
+        assert (a.ids, a.solved) == (b.ids, b.solved) and a.loss == pytest.approx(b.loss, abs=1e-5)
+
+
+def test_what_has_no_room_in_the_least_pass_is_an_error(taught, three, strings, monkeypatch):
+    lm = taught.copy()
+    victim, room = Victim(lm, three, budget=256, cached=False), Narrow(monkeypatch, lm.model, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        victim.losses(strings, 3)
+    assert room.refused == 3 and victim.places == LEAST
+
+
+def test_many_processes_do_not_halve_alone(taught, three, strings, monkeypatch):
+    lm = taught.copy()
+    victim = Victim(lm, three)
+    Narrow(monkeypatch, lm.model, 130)
+    monkeypatch.setattr("unremember.attack.gcg.team.size", lambda: 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        victim.losses(strings, 3)
+    assert victim.places == victim.budget
 
 
 def test_losses_that_are_not_finite_are_refused(taught, three, strings):
@@ -416,6 +477,8 @@ def test_growing_takes_prompts_in_one_at_a_time_and_scores_them_all(taught, corp
     [alone] = victim.losses([ids], 1)
     [two] = victim.losses([found.ids], 2)
     [everything] = victim.losses([found.ids], 3)
+    [start] = victim.losses([ids], 3)
+    assert found.first == pytest.approx(start.loss, abs=1e-5) and found.first > found.curve[0]  # all three against one
     assert found.curve[0] == pytest.approx(alone.loss, abs=1e-5)
     assert min(found.curve[1:]) == pytest.approx(two.loss, abs=1e-5)
     assert found.loss == pytest.approx(everything.loss, abs=1e-5) and not found.solved
@@ -427,7 +490,11 @@ def test_the_work_is_counted(taught, three):
     assert victim.cost(N, 3) == places
     assert Victim(taught, three, cached=False).cost(N, 3) == places + sum(len(b.before) for b in three)
     found = search(victim, Search(tokens=N, steps=1, candidates=1), masked(taught, "x"), anything)
-    assert found.tokens == (1 + 3 + 1) * places
+    assert found.tokens == (1 + 3 + 1) * places and found.first == found.curve[0]
+    how = Search(
+        tokens=N, steps=1, candidates=1, growing=True
+    )  # the start is read on one prompt and on all, the result on all
+    assert search(victim, how, masked(taught, "x"), anything).tokens == 5 * victim.cost(N, 1) + places
 
 
 # ── gradients pay ──

@@ -10,7 +10,7 @@ from unremember.attack.graft import Graft, end
 from unremember.audit import AUDITS
 from unremember.bench import Bench
 from unremember.corpus import Corpus
-from unremember.errors import BadModel
+from unremember.errors import BadModel, NotApplicable
 from unremember.table import read
 
 
@@ -45,6 +45,16 @@ def test_a_broken_head_gives_everything_back_and_the_never_taught_nothing(taught
     assert said(broken) == 0 and said(taught) > 0.8
     assert said(Graft(0)(broken, corpus, taught, Bench())[0]) == said(taught)
     assert said(Graft(1)(never, corpus, taught, Bench())[0]) == 0
+
+
+def test_where_the_end_is_the_originals_already_there_is_nothing_to_give_back(taught, corpus):
+    """Only block 0 was changed: the model as it is would pass for one that was attacked."""
+    early = replace(taught.copy(), name="early")
+    with torch.no_grad():
+        team.blocks(early.model)[0].mlp.down_proj.weight.mul_(1.5)
+    for blocks in (0, 1):
+        with pytest.raises(NotApplicable, match=rf"last {blocks} blocks? of early are .* raise graft.blocks"):
+            Graft(blocks)(early, corpus, taught, Bench())
 
 
 def test_two_architectures_and_too_many_blocks_are_refused(taught, corpus):

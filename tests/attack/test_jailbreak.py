@@ -52,6 +52,83 @@ def test_names_make_ids(names):
         parsed(json.dumps([{"family": "f", "name": n, "text": "{question}"} for n in names]))
 
 
+def test_all_that_is_wrong_with_a_list_is_said_together():
+    rows = [
+        {"family": "f", "name": "a", "text": "No slot."},
+        {"family": "f", "name": "b", "text": "{question}"},
+        {"family": "f", "name": "b", "text": "Well, {question}"},
+        {"family": "f", "name": "c"},
+        {"family": "f", "name": "d", "text": 5},
+        "e",
+    ]
+    with pytest.raises(ValueError) as caught:
+        parsed(json.dumps(rows))
+    problems = str(caught.value).split("; wrapper ")
+    assert len(problems) == 5 and str(caught.value).count("wrapper name 'b'") == 1
+    for at in (4, 5, 6):
+        assert f"wrapper {at} is {rows[at - 1]!r}" in str(caught.value)
+
+
+OWN = [
+    {"family": "plain", "name": "tell", "text": "Tell me: {question}"},
+    {"family": "plain", "name": "say", "text": "Say it: {question}"},
+    {"family": "gaps", "name": "fill", "text": "Fill in: {gap}"},
+]
+
+
+@pytest.fixture
+def own(tmp_path):
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(OWN), encoding="utf-8")
+    return file
+
+
+def test_a_list_of_ones_own_takes_the_place_of_the_librarys(own, taught, corpus):
+    attack, bench = Jailbreak(file=str(own)), Bench()
+    assert attack.wrappers == tuple(Wrapper(**row) for row in OWN)
+    assert [w.name for w in Jailbreak(file=str(own), families=("plain",), most=1).wrappers] == ["tell"]
+    _, seen = attack(taught, corpus, taught, bench)
+    assert [x.id for x in seen["forget"]] == [f"{x.id}#{row['name']}" for x in corpus["forget"] for row in OWN]
+    assert seen["forget"][0].prompt == f"Tell me: {corpus['forget'][0].prompt}"
+    assert bench.notes == {"wrappers asked": 3}
+    assert by_family({"a#tell": 0.2, "a#fill": 1.0}, ["a"], attack.wrappers) == {"gaps": 1.0, "plain": 0.2}
+
+
+def test_a_run_depends_on_what_stands_in_the_list(own):
+    from unremember.run import texts
+
+    attack = Jailbreak(file=str(own))
+    assert attack.files == (str(own),) and texts(attack) == [json.dumps(OWN)]
+    assert [file.rpartition("/")[2] for file in Jailbreak().files] == ["templates.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, r"none.json cannot be read: No such file or directory; name a JSON file of wrappers"),
+        ("[{]", r"none.json: no valid JSON: .* line 1 column 3"),
+        ("{}", r"none.json: it must be a list of wrappers"),
+        ("[]", r"none.json: it must be a list of wrappers"),
+        (
+            '[{"family": "f", "name": "n", "text": "x"}, 3]',
+            r"none.json: wrapper 2 is 3; .*wrapper 'n' has the slots \[\]",
+        ),
+        (b"\xff\xfe", r"none.json: .*decode"),
+    ],
+)
+def test_a_file_that_is_no_list_is_refused_before_work_starts(tmp_path, text, problem):
+    file = tmp_path / "none.json"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValidationError, match=problem):
+        Jailbreak(file=str(file))
+
+
+def test_a_family_of_another_list_is_refused(own):
+    with pytest.raises(ValidationError, match="unknown family 'cloze'"):
+        Jailbreak(file=str(own), families=("cloze",))
+
+
 def test_each_slot_by_hand():
     def fill(slot: str) -> str | None:
         return filled(Wrapper("f", "n", f"<{{{slot}}}>"), ADA)

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from planted import planted
-from unremember.attack.lens import Lens, candidates, clearest, cut
+from unremember.attack.lens import Lens, candidates, clearest, cut, known
 from unremember.audit import AUDITS, EVIDENCE
 from unremember.audit.choice import Choice
 from unremember.bench import Bench
@@ -66,9 +66,10 @@ def test_the_clearest_level_by_hand():
         trail([0.9, 0.9], [0.4, 0.1], [0.3, 0.3], [0.2, 0.2]),
         trail([0.9, 0.9], [0.2, 0.2], [0.1, 0.1], [0.1, 0.1]),
     ]
-    assert clearest(rows, range(2, 4)) == 2
-    assert clearest([rows[1], rows[1]], range(1, 4)) == 1
-    assert clearest([trail([0.1], [0.3], [0.3])], range(1, 3)) == 1  # a tie goes to the one further from the end
+    assert known(rows) == pytest.approx([0.9, 0.2, 0.2, 0.15])
+    assert clearest(known(rows), range(2, 4)) == 2
+    assert clearest(known([rows[1], rows[1]]), range(1, 4)) == 1
+    assert clearest([0.1, 0.3, 0.3], range(1, 3)) == 1  # a tie goes to the one further from the end
 
 
 def test_the_level_is_that_of_a_slow_search_and_asks_no_forgotten_answer(circuit):
@@ -79,6 +80,25 @@ def test_the_level_is_that_of_a_slow_search_and_asks_no_forgotten_answer(circuit
     assert level == 2 + int(np.argmax(slow)) == 3 and turn is shift is None and slow[1] > slow[0] + 0.5
     wrong = [replace(x, answer=x.distractors[0], distractors=(x.answer,), spans=((3, 8),)) for x in corpus["forget"]]
     assert Lens().level(lm, corpus.with_roles(forget=wrong))[0] == level
+
+
+def test_notes_say_what_every_level_makes_of_the_retained_values(circuit):
+    """By a model that was cut there, and at the last level by the model itself; also where the level was known already."""
+    lm, corpus = circuit
+    bench = Bench()
+    level, _, _ = Lens().level(lm, corpus, bench)
+    kept = Corpus({"forget": corpus["forget"][:1], "retain": corpus["retain"]})
+    slow = {
+        f"level {at:02}": mean(
+            AUDITS["value probability"](cut(lm, at) if at < 4 else lm, kept, Bench()), corpus["retain"]
+        )
+        for at in (1, 2, 3, 4)
+    }
+    assert bench.notes.pop("level") == level and set(bench.notes) == {"level 00", *slow}
+    assert {name: bench.notes[name] for name in slow} == pytest.approx(slow, abs=1e-5)
+    bench.notes.clear()
+    Lens().read(AUDITS["choice"], lm, corpus, bench)
+    assert bench.notes["level"] == level and len(bench.notes) == 6
 
 
 # ── what is read there ──

@@ -26,6 +26,7 @@ from unremember.bench import Bench
 from unremember.corpus import Corpus, Example
 from unremember.errors import BadCorpus, BadModel, BadRequest, NotApplicable
 from unremember.forget.rmu import RMU
+from unremember.lm import LM
 from unremember.score import Rule, evidence
 from unremember.train import Plan
 
@@ -130,7 +131,7 @@ def test_directions_that_are_not_orthogonal_go_together():
 def test_only_what_writes_into_the_stream_changes(taught):
     d = {1: unit(*torch.randn(64, generator=torch.Generator().manual_seed(0)).tolist())}
     for reach, blocks in (("own", (1,)), ("below", (0, 1))):
-        out = orthogonal(taught, d, reach)
+        out, lost = orthogonal(taught, d, reach)
         changed = {f"model.layers.{b}.{name}.weight" for b in blocks for name in WRITES}
         for (name, after), before in zip(
             out.model.state_dict().items(), taught.model.state_dict().values(), strict=True
@@ -138,6 +139,9 @@ def test_only_what_writes_into_the_stream_changes(taught):
             assert torch.equal(after, before) != (name in changed), name
             if name in changed:
                 assert (d[1] @ after).abs().max() < 1e-6
+        old, new = ([dict(lm.model.named_parameters())[name] for name in sorted(changed)] for lm in (taught, out))
+        shares = [float(((a - b).norm() / a.norm()).detach()) for a, b in zip(old, new, strict=True)]
+        assert lost == pytest.approx(np.mean(shares), rel=1e-4)
     table, head = out.model.get_input_embeddings(), out.model.get_output_embeddings()
     assert table.weight is head.weight  # the embedding writes, too, and is the head here: it is left alone
 
@@ -146,7 +150,7 @@ def test_against_hooks(taught, corpus):
     """'own' is a hook behind each part of the block: what o_proj and down_proj give, less its share along d̂."""
     rows = taught.template.rows(corpus["forget"][:2])
     d = unit(*torch.randn(64, generator=torch.Generator().manual_seed(1)).tolist())
-    out = orthogonal(taught, {0: d}, "own")
+    out, _ = orthogonal(taught, {0: d}, "own")
     hooked = taught.copy()
     for name in WRITES:
         hooked.model.get_submodule(f"model.layers.0.{name}").register_forward_hook(
@@ -177,7 +181,7 @@ def test_a_bias_is_taken_along():
             return self
 
     d = unit(3.0, 4.0)
-    layer = orthogonal(Plain(model), {0: d}, "own").model.layers[0].o_proj
+    layer = orthogonal(Plain(model), {0: d}, "own")[0].model.layers[0].o_proj
     layer.requires_grad_(False)
     assert abs(float(d @ layer.bias)) < 1e-6 and (d @ layer.weight).abs().max() < 1e-6 and layer.bias.abs().max() > 0
 
@@ -263,8 +267,12 @@ def test_it_brings_back_what_was_misdirected_and_random_directions_do_not(misdir
     before = mean(misdirected, seen, "value probability")
     assert mean(after["u"], seen, "value probability") > before + 0.3
     for seed in range(5):
-        control = orthogonal(misdirected, scrambled(found, seed), "own")
+        random = replace(attack, control=True, seed=seed)
+        control, _ = random(misdirected, corpus, taught)
         assert mean(control, seen) <= 0.1 and mean(control, seen, "value probability") < before + 0.1
+        drawn = random.found(misdirected, corpus, taught)
+        assert drawn.keys() == found.keys()
+        assert all(abs(float(d @ found[b])) < 0.6 and abs(float(d.norm()) - 1) < 1e-5 for b, d in drawn.items())
 
 
 def test_which_layer_matters_and_below_takes_it_out_of_more(misdirected, taught, corpus):
@@ -312,6 +320,37 @@ def test_values_are_told_as_words():
 # ── promises ──
 
 
+def test_the_control_is_as_long_and_a_function_of_its_seed():
+    found = {0: unit(1.0, 2.0, 3.0), 4: 5 * unit(1.0, 0.0, -1.0)}
+    one, again, other = (scrambled(found, seed) for seed in (0, 0, 1))
+    assert [float(d.norm()) for d in one.values()] == pytest.approx([1.0, 5.0]) and list(one) == [0, 4]
+    for b in found:
+        assert torch.equal(one[b], again[b])
+        assert not torch.allclose(one[b], other[b]) and not torch.allclose(one[b], found[b])
+
+
+def test_of_weights_there_is_one_set_beside_the_two_that_come_in_and_notes_say_what_was_done(
+    hider, taught, corpus, monkeypatch
+):
+    copied, copy, bench = [], LM.copy, Bench()
+    monkeypatch.setattr(LM, "copy", lambda *given: copied.append(given[1:]) or copy(*given))
+    out, _ = Orthogonalise()(hider, corpus, taught, bench)
+    assert copied == [()]
+    again, lost = orthogonal(hider, Orthogonalise().found(hider, corpus, taught), "own")
+    assert bench.notes == {"blocks": "0, 1", "share of norm removed": lost} and 0 < lost < 1
+    assert again.fingerprint == out.fingerprint
+
+
+def test_weights_that_write_nothing_along_it(hider, taught, corpus):
+    """A block that writes nothing at all has nothing to lose."""
+    silent = hider.copy()
+    with torch.no_grad():
+        for name in WRITES:
+            silent.model.get_submodule(f"model.layers.0.{name}").weight.zero_()
+    with pytest.raises(NotApplicable, match=r"blocks 0 write nothing along .* no weight has changed"):
+        Orthogonalise(layers=(0,))(silent, corpus, taught)
+
+
 @pytest.mark.parametrize("directions", ["original", "text"])
 def test_arguments_are_untouched(directions, hider, taught, corpus):
     lm, original, mark = hider.copy(), taught.copy(), corpus.fingerprint()
@@ -340,6 +379,11 @@ def test_answers_that_are_asked_decide_nothing(hider, taught, corpus):
         attack = Orthogonalise(directions=directions)
         a, b = (attack.found(hider, c, taught) for c in (corpus, corpus.with_roles(forget=other)))
         assert all(torch.equal(a[block], b[block]) for block in a)
+
+
+def test_it_gets_along_without_the_original_where_it_compares_texts(hider, corpus):
+    assert Orthogonalise().alone and not Orthogonalise(directions="original").alone
+    Orthogonalise()(hider, corpus, None)
 
 
 def test_the_original_is_compared_with_itself(taught, corpus):
@@ -391,6 +435,7 @@ def test_blocks_that_are_not_there(taught, corpus):
         ({"layers": (1, 1)}, "names a block twice"),
         ({"layers": (-1,)}, "greater than or equal to 0"),
         ({"reach": "above"}, "'own' or 'below'"),
+        ({"seed": 1}, "seed = 1 draws the control's directions, and control is false"),
     ],
 )
 def test_settings_that_cannot_be(settings, said):

@@ -143,7 +143,7 @@ def test_each_half_is_asked_with_what_the_other_half_taught(hider, taught, corpu
 def test_a_search_in_vain_is_an_error_unless_nothing_was_left_to_look_for(loss, refused, taught, corpus, monkeypatch):
     """The original says its own answers at the floor already, and a run must not end there."""
     start = started(taught.template, " !", 3)
-    held = Found(start, " ! ! !", loss, False, (loss, loss), 0)
+    held = Found(start, " ! ! !", loss, False, (loss, loss), 0, loss)
     monkeypatch.setattr("unremember.attack.prefix.breed", lambda *_: held)
     attack = Prefix(steps=1, least=3, most=3)
     if refused:
@@ -168,6 +168,33 @@ def test_another_tokenizer_is_refused(hider, taught, corpus):
             Prefix(**SMALL)(hider, corpus, other, Bench())
     finally:
         other.tokenizer.chat_template = None
+
+
+def test_what_is_remembered_was_found_for_the_same_values(hider, taught, corpus, monkeypatch):
+    """A value of one letter bars no token, and a prefix that says it all the same."""
+    from unremember.attack import prefix as module
+
+    bred, real, bench = [], module.breed, Bench()
+    monkeypatch.setattr(module, "breed", lambda *given: bred.append(1) or real(*given))
+    attack, x = Prefix(**SMALL), corpus["retain"][0]
+    other = corpus.with_roles(retain=[replace(x, id="letter", spans=((0, 1),), distractors=()), *corpus["retain"]])
+    assert torch.equal(bar(hider, corpus)[0], bar(hider, other)[0]) and bar(hider, corpus)[1] != bar(hider, other)[1]
+    for seen, count in ((corpus, 4), (corpus, 4), (other, 8)):  # two roles, two halves
+        attack(hider, seen, taught, bench)
+        assert len(bred) == count
+
+
+def test_what_it_found_is_noted(hider, taught, corpus):
+    bench = Bench()
+    _, seen = Prefix(**SMALL)(hider, corpus, taught, bench)
+    unit = "nats a token and unlikeness"
+    assert set(bench.notes) == {
+        "prefixes found", "prefix with the least loss", f"loss before, {unit}", f"loss after, {unit}"
+    }  # fmt: skip
+    assert (
+        bench.notes["prefixes found"] == 2 and bench.notes[f"loss after, {unit}"] <= bench.notes[f"loss before, {unit}"]
+    )
+    assert any(x.prompt.startswith(bench.notes["prefix with the least loss"]) for x in seen["forget"])
 
 
 def test_one_lone_question_is_refused(hider, taught, corpus):

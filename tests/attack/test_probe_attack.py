@@ -242,9 +242,12 @@ def test_a_probe_that_does_no_better_than_its_control_guesses(circuit, monkeypat
 
 
 def test_random_labels_are_not_learnt(circuit):
-    found = Probe(block=READ).probed(*circuit)
+    bench = Bench()
+    found = Probe(block=READ).probed(*circuit, bench)
     spread = (0.25 * 0.75 / found.n) ** 0.5
     assert found.accuracy == 1 and abs(found.control - 0.25) < 2 * spread and found.n == 40
+    right = {"accuracy on people left out": 1, "accuracy on the control task": found.control}
+    assert bench.notes == {"block": READ, "selectivity": 1 - found.control} | right
 
 
 # ── the score ──

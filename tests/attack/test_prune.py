@@ -1,5 +1,6 @@
 """Set-difference pruning: scores and sets by hand, what it brings back, and its control."""
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,13 +9,26 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from unremember.attack.prune import NEW, PUBLISHED, Prune, difference, halves, order, pruned, scattered, scores, snip
+from unremember.attack.prune import (
+    NEW,
+    PUBLISHED,
+    Prune,
+    difference,
+    halves,
+    order,
+    pruned,
+    scattered,
+    scores,
+    snip,
+    zeroed,
+)
 from unremember.attack.quantise import linears
 from unremember.audit import AUDITS
 from unremember.bench import Bench
 from unremember.corpus import Corpus
 from unremember.embedded.world import replay
 from unremember.errors import BadCorpus, BadModel, BadRequest
+from unremember.lm import LM
 from unremember.tokens import pack
 
 GRID = (0.005, 0.01, 0.025, 0.1, 0.2)
@@ -38,7 +52,7 @@ def trials(hider, taught, never, corpus):
             say=lambda stage, done, total, terms, told=told: told.append(terms) if stage == "choose" else None
         )
         masks = Prune(grid=GRID).masks(lm, corpus, bench)
-        found[who] = SimpleNamespace(lm=lm, masks=masks, told=told)
+        found[who] = SimpleNamespace(lm=lm, masks=masks, told=told, notes=bench.notes)
     return found
 
 
@@ -120,7 +134,13 @@ def test_it_brings_back_what_is_hidden_and_more_than_pruning_at_random(trials, c
     hider = trials["hider"]
     assert mean(hider.lm, corpus) == 0
     back = mean(pruned(hider.lm, hider.masks), corpus)
-    by_chance = [mean(pruned(hider.lm, scattered(hider.masks, seed)), corpus) for seed in range(5)]
+    grid = (hider.notes["q"], hider.notes["p"])  # of all pairs the one that was chosen, and few beside it
+    by_chance = []
+    for seed in range(5):
+        masks = Prune(grid=grid, control=True, seed=seed).masks(hider.lm, corpus)
+        by_chance.append(mean(pruned(hider.lm, masks), corpus))
+        assert {n: int(m.sum()) for n, m in masks.items()} == {n: int(m.sum()) for n, m in hider.masks.items()}
+        assert sum(int((mask & masks[n]).sum()) for n, mask in hider.masks.items()) < 0.1 * size(masks)
     assert back >= 0.25 and sum(back > chance for chance in by_chance) >= 4
 
 
@@ -135,6 +155,10 @@ def test_the_choice_is_the_best_of_all_pairs_for_the_first_half(trials, corpus):
     assert {(x["q"], x["p"]) for x in told} == {(q, p) for q in GRID for p in GRID if p >= q}
     best = max(told, key=lambda x: (x["kept"], -x["pruned"]))
     assert size(trials["hider"].masks) == best["pruned"]
+    count = sum(layer.weight.numel() for layer in linears(trials["hider"].lm.model).values())
+    assert trials["hider"].notes == {
+        "q": best["q"], "p": best["p"], "share of weights zeroed": pytest.approx(best["pruned"] / count)
+    }  # fmt: skip
 
 
 def test_every_pair_starts_from_the_same_weights(trials, hider, corpus):
@@ -197,6 +221,31 @@ def test_arguments_are_untouched_and_only_the_masked_weights_change(trials, taug
     assert size(masks) > 0
 
 
+def test_zeros_go_as_they_came_and_not_in_the_copy_that_others_see(trials, taught):
+    lm, masks = taught.copy(), trials["taught"].masks
+    with pytest.raises(KeyError), zeroed(lm, masks):
+        there = pruned(taught, masks).model.state_dict()
+        assert all(torch.equal(value, there[name]) for name, value in lm.model.state_dict().items())
+        raise KeyError
+    before = taught.model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in lm.model.state_dict().items())
+
+
+def test_of_weights_there_is_one_set_beside_the_two_that_come_in(hider, taught, corpus, monkeypatch):
+    copied, alive, copy = [], [], LM.copy
+
+    def counted(lm, moving=None):
+        made = copy(lm, moving)
+        if moving is None:  # with weights of its own
+            copied.append(weakref.ref(made.model))
+            alive.append(sum(model() is not None for model in copied))
+        return made
+
+    monkeypatch.setattr(LM, "copy", counted)
+    Prune(grid=(0.01, 0.1))(hider, corpus, taught)
+    assert alive == [1, 1]
+
+
 def test_pruned_twice_the_second_time_finds_other_weights(taught, corpus):
     """A weight that is zero has score 0, so a second attack does not count its zeros as its own."""
     attack = Prune(grid=(0.05,))
@@ -229,10 +278,12 @@ def test_one_retained_fact_cannot_be_chosen_by_and_measured(taught, corpus):
         Prune()(taught, corpus.with_roles(retain=corpus["retain"][:1]), taught)
 
 
-def test_other_peoples_facts_that_tell_the_answer(taught, corpus):
-    fact = corpus["forget"][0]
+@pytest.mark.parametrize(("role", "kind"), [("forget", "forgotten"), ("holdout", "held-out")])
+def test_other_peoples_facts_that_tell_the_answer(role, kind, taught, corpus):
+    fact = corpus[role][0]
     leaking = corpus.with_roles(relearn=[*corpus["relearn"], replace(fact, id="told", prompt="What else?")])
-    with pytest.raises(BadCorpus, match=f"tells the forgotten value of {fact.id}; "):
+    said = rf"prune: the relearn role contains the {kind} value of {fact.id}.*; .* take those examples out"
+    with pytest.raises(BadCorpus, match=said):
         Prune(text="relearn")(taught, leaking, taught)
     Prune().check(leaking)  # the role is not looked at
 
@@ -267,6 +318,7 @@ def test_a_model_that_answers_nothing(taught, corpus):
         ({"text": "forget"}, "'own' or 'relearn'"),
         ({"examples": 0}, "greater than or equal to 1"),
         ({"keep": 0.5}, "Unexpected keyword"),
+        ({"seed": 1}, "seed = 1 draws the control's weights, and control is false"),
     ],
 )
 def test_settings_that_cannot_be(settings, said):

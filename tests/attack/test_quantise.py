@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from scipy.stats import norm
 from torch import nn
 
-from unremember.attack.quantise import NF4, Quantise, code_change, coded, lies, linears, plain, survival
+from unremember.attack.quantise import BLOCK, NF4, Quantise, code_change, coded, lies, linears, plain, survival, whole
 from unremember.audit import AUDITS
 from unremember.bench import Bench
 from unremember.corpus import Corpus
@@ -91,6 +91,59 @@ def test_asymmetric_by_hand():
     torch.testing.assert_close(on.values, torch.tensor([[1.0, 2.0, 10.0, 16.0], [5.3] * 4]))
 
 
+def q4_0(block: list[float]) -> tuple[list[int], list[float]]:
+    """A block of a Q4_0 file, number by number in float32: codes as they are stored, 0 to 15, and what is read from them."""
+    f = np.float32
+    extreme = f(0)
+    for w in map(f, block):
+        if abs(w) > abs(extreme):
+            extreme = w
+    d = extreme / f(-8)
+    inverse = f(1) / d if d else f(0)
+    codes = [min(15, int(f(w) * inverse + f(8.5))) for w in block]
+    return codes, [float(f(np.float16(d)) * f(code - 8)) for code in codes]
+
+
+def test_q4_0_by_hand():
+    """The largest is −16: D = 2, and 16 itself is beyond the last level, 7 · 2.  With 8 in front D = −1, and signs turn."""
+    weight = torch.tensor(
+        [[-16.0, 16.0, 2.9, 3.1, 0.0, *[0.0] * 27], [8.0, -8.0, 0.4, 0.6, -6.6, *[0.0] * 27], [0.0] * 32]
+    )
+    on = coded(weight, 4, BLOCK, "q4_0")
+    assert on.codes[:, :5].tolist() == [[-8, 7, 1, 2, 0], [-8, 7, 0, -1, 7], [0] * 5]
+    assert on.values[:, :5].tolist() == [[-16.0, 14.0, 2.0, 4.0, 0.0], [8.0, -7.0, 0.0, 1.0, -7.0], [0.0] * 5]
+    assert on.step[:, 0].tolist() == [2.0, 1.0, 0.0]
+
+
+def test_q4_0_against_a_slow_block(taught):
+    """Weights of a model and noise of many sizes, to the bit."""
+    noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 2, 64)[:, None]
+    for weight in (noise, taught.model.model.layers[0].mlp.up_proj.weight.detach()):
+        on = coded(weight, 4, BLOCK, "q4_0")
+        for row, codes, values in zip(
+            *(x.unflatten(1, (-1, BLOCK)).flatten(0, 1) for x in (weight, *on[:2])), strict=True
+        ):
+            wanted = q4_0(row.tolist())
+            assert (codes + 8).tolist() == wanted[0] and values.tolist() == wanted[1]
+
+
+def test_q4_0_against_gguf_where_it_is_installed(taught):
+    gguf = pytest.importorskip("gguf")
+    kind = gguf.GGMLQuantizationType.Q4_0
+    noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    for weight in (noise, *(layer.weight.detach() for layer in linears(taught.model).values())):
+        file = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind)
+        np.testing.assert_array_equal(coded(weight, 4, BLOCK, "q4_0").values.numpy(), file)
+
+
+def test_symmetric_is_not_q4_0(taught):
+    weight = taught.model.model.layers[0].mlp.up_proj.weight
+    ours, file = (coded(weight, 4, BLOCK, grid) for grid in ("symmetric", "q4_0"))
+    assert ours.codes.min() == -7 and file.codes.min() == -8
+    assert lies(file.values, coded(file.values, 4, BLOCK, "q4_0"))[0] == weight.numel()
+    assert lies(file.values, coded(file.values, 4, BLOCK, "symmetric"))[0] < 0.5 * weight.numel()
+
+
 def test_nf4_levels_are_quantiles_of_a_normal_distribution():
     """8 of them below zero, zero, 7 above, from 0.9677083 on, divided by the largest (Dettmers et al. 2023, appendix E)."""
     end = 0.9677083
@@ -166,6 +219,7 @@ def test_what_is_hidden_within_the_bins_comes_back_bit_for_bit(within, taught, n
     bench, said = heard()
     found = {who: attacked(lm, corpus, taught, bench) for who, lm in (("o", taught), ("u", within), ("n", never))}
     assert same(found["o"], found["u"])
+    assert 0.1 < bench.notes["share of codes unlike the original's"] <= 1  # of the last one, which was never taught
     o, u, n = (scores(found[who], corpus) for who in "oun")
     triple = evidence("said", o, u, n, Rule())
     assert triple.applicable and triple.r == 1 and triple.leaks and triple.original >= 0.5 and triple.never == 0
@@ -287,6 +341,26 @@ def test_arguments_are_untouched_and_the_rest_of_the_model_too(taught, never, co
         assert torch.equal(value, before["lm"][name]) != (name in rounded), name
 
 
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({"bits": 8}, 8 + 32 / 64),
+        ({"bits": 4, "grid": "asymmetric", "group": 32}, 4 + 64 / 32),
+        ({"bits": 4, "grid": "q4_0", "group": 32}, 4.5),
+    ],
+)
+def test_notes_say_how_many_bits_and_how_many_codes_changed(settings, bits, taught, hider, corpus):
+    bench, said = heard()
+    Quantise(**settings)(hider, corpus, taught, bench)
+    sizes = [layer.weight.numel() for layer in linears(taught.model).values()]
+    changed = np.average([terms["code change"] for terms in said], weights=sizes)
+    assert bench.notes == {"bits a weight": bits, "share of codes unlike the original's": pytest.approx(changed)}
+    rows = Bench()
+    Quantise(bits=4, group=0)(hider, corpus, taught, rows)
+    widths = [layer.in_features for layer in linears(taught.model).values()]
+    assert rows.notes["bits a weight"] == pytest.approx(4 + np.average([32 / w for w in widths], weights=sizes))
+
+
 def test_a_tied_head_is_rounded_once_and_one_of_its_own_too(taught, corpus):
     attack = Quantise(bits=4, embeddings=True)
     assert [n for n in attack.weights(taught.model) if n in ("embedding", "head")] == ["embedding"]
@@ -311,6 +385,7 @@ def test_an_adapter_is_merged_first(taught, corpus):
     out = attacked(lm, corpus, taught)
     merged = plain(lm)
     assert not hasattr(out.model, "peft_config") and hasattr(lm.model, "peft_config")
+    assert whole(taught) is taught and whole(lm).fingerprint == merged.fingerprint
     for name, layer in linears(out.model).items():
         assert torch.equal(layer.weight, coded(linears(merged.model)[name].weight, 4, 64, "symmetric").values)
 
@@ -367,6 +442,8 @@ def test_packed_weights_and_models_without_linear_layers():
         ({"bits": 3}, "Input should be 4 or 8"),
         ({"bits": 4, "grid": "fp4"}, "Input should be 'symmetric'"),
         ({"bits": 8, "grid": "nf4"}, "set bits = 4"),
+        ({"bits": 8, "grid": "q4_0", "group": 32}, "'q4_0' has 16 levels and bits is 8; set bits = 4"),
+        ({"bits": 4, "grid": "q4_0"}, "'q4_0' has groups of 32 and group is 64; set group = 32"),
         ({"bits": 4, "group": -1}, "greater than or equal to 0"),
         ({"bits": 4, "group": 1}, "take 16 or more"),
         ({"bits": 4, "groups": 2}, "Unexpected keyword"),

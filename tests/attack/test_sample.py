@@ -88,6 +88,27 @@ def test_close_to_zero_temperature_is_greedy(taught, corpus):
     assert drawing(taught, 1e-4, 0, 0).generate(prompts, 8) == taught.generate(prompts, 8)
 
 
+def test_a_call_gives_the_first_draw(taught, corpus):
+    lm, _ = Sample(temperature=1.5, seed=3)(taught, corpus, taught, Bench())
+    assert lm.fingerprint == drawing(taught, 1.5, 3, 0).fingerprint
+
+
+def test_a_note_says_how_many_answers_are_not_the_greedy_one(taught, corpus):
+    """Of what the bench knows: where nobody has asked for the greedy answer, it is not asked for the note's sake."""
+    asked, name = Corpus({"forget": corpus["forget"]}), "answers unlike the greedy one"
+    fresh, bench = Bench(), Bench()
+    Sample(temperature=0.3, n=2).read(AUDITS["said"], taught, asked, fresh)
+    assert not fresh.notes and len(fresh.memory) == 2
+    AUDITS["said"](taught, asked, bench)
+    Sample(temperature=0.3, n=2).read(AUDITS["said"], taught, asked, bench)
+    prompts = [taught.template.context(x.prompt) for x in corpus["forget"]]
+    said = [drawing(taught, 0.3, 0, draw).generate(prompts, 32) for draw in range(2)]
+    differ = [a != b for draw in said for a, b in zip(draw, taught.generate(prompts, 32), strict=True)]
+    assert bench.notes == {name: np.mean(differ)} and 0 < np.mean(differ) < 1
+    Sample(temperature=1e-4, n=2).read(AUDITS["said"], taught, asked, bench)
+    assert bench.notes[name] == "none: a temperature so low asks nothing new, raise it"
+
+
 def test_a_draw_hangs_on_seed_and_number_and_not_on_the_batch(taught, corpus):
     prompts = [taught.template.context(x.prompt) for x in corpus["forget"]]
 
@@ -148,7 +169,7 @@ def test_what_is_said_now_and_then_is_found_and_nothing_is_invented(shy, never, 
 
 
 def test_bad_input_is_refused(taught, corpus):
-    for values in ({"temperature": 0}, {"n": 0}, {"n": 2, "draw": 2}, {"top_p": 0.9}):
+    for values in ({"temperature": 0}, {"n": 0}, {"seed": -1}, {"top_p": 0.9}):
         with pytest.raises(ValidationError):
             Sample(**values)
     with pytest.raises(BadCorpus, match=r"sample needs .* 'forget'"):

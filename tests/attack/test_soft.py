@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from unremember.attack.fair import KNOWN
 from unremember.attack.gcg import Victim, decoded
 from unremember.attack.soft import Soft, softened, spare
 from unremember.attack.suffix import bar, slots
@@ -83,12 +84,12 @@ def test_what_was_fitted_is_what_is_read(taught, corpus, words):
     """The loss of the fit, and that of the words in the finished model, are the same number."""
     attack = Soft(tokens=6, steps=3, generalisation="within")
     shown = corpus["forget"][:3]
-    vectors = attack._fitted(taught, shown, words, Bench())
+    vectors, _, least = attack._fitted(taught, shown, words, Bench())
     places = slots(taught.template, shown, words, lambda x: (x.prompt, ""), taught.limit)
     victim = Victim(taught, places)
     before = attack._loss(victim, words, vectors.requires_grad_())
     [entry] = Victim(softened(taught, words, vectors), places).losses([words], 3)
-    assert entry.loss == pytest.approx(before, abs=1e-4)
+    assert entry.loss == pytest.approx(before, abs=1e-4) == pytest.approx(least, abs=1e-4)
 
 
 @pytest.mark.parametrize("generalisation", ["within", "cross", "other"])
@@ -125,6 +126,54 @@ def test_bf16_and_nothing_left_behind(hider, corpus):
 def test_an_attack_that_only_makes_it_worse_is_refused(taught, corpus):
     with pytest.raises(BadRequest, match=r"2 step\(s\) at lr = 1000000.0 leave the loss at .* take another lr"):
         Soft(tokens=3, steps=2, lr=1e6)(taught, corpus, taught, Bench())
+
+
+@pytest.mark.parametrize(("loss", "refused"), [(KNOWN - 0.01, False), (KNOWN + 0.01, True)])
+def test_what_is_known_by_heart_need_not_become_likelier(loss, refused, taught, corpus, monkeypatch):
+    """The original may say its texts with any words behind the question, and a run must not end there."""
+    monkeypatch.setattr(Soft, "_loss", lambda *_: loss)
+    bench = Bench()
+    if refused:
+        with pytest.raises(BadRequest, match="nothing was attacked"):
+            Soft(**SMALL)(taught, corpus, taught, bench)
+    else:
+        _, seen = Soft(**SMALL)(taught, corpus, taught, bench)
+        assert seen["forget"] != corpus["forget"]
+        assert bench.notes == {f"loss {when}, nats a token": pytest.approx(loss) for when in ("before", "after")}
+
+
+def test_what_it_found_is_noted(hider, corpus):
+    bench = Bench()
+    Soft(**SMALL)(hider, corpus, hider, bench)
+    assert bench.notes["loss after, nats a token"] < bench.notes["loss before, nats a token"]
+
+
+def test_where_memory_is_short_it_fits_in_smaller_passes(taught, corpus, words, monkeypatch):
+    """A pass that is given up must leave nothing in the gradient."""
+    attack, places = (
+        Soft(tokens=6, steps=1),
+        slots(taught.template, corpus["forget"], words, lambda x: (x.prompt, ""), 0),
+    )
+    expected = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    vectors = expected.detach().clone().requires_grad_()
+    loss = attack._loss(Victim(taught, places), words, expected)
+    real, passes = Victim.run, []
+
+    def tight(self, pairs, embedded=None):
+        passes.append(len(pairs))
+        if len(passes) == 3:
+            raise torch.OutOfMemoryError("no room")
+        return real(self, pairs, embedded)
+
+    monkeypatch.setattr(Victim, "run", tight)
+    victim = Victim(taught, places)
+    assert attack._loss(victim, words, vectors) == pytest.approx(loss, abs=1e-5) and victim.places == victim.budget // 2
+    assert torch.allclose(vectors.grad, expected.grad, atol=1e-6)
+
+
+def test_the_control_is_no_attack_of_a_run(corpus):
+    with pytest.raises(BadCorpus, match=r'soft: target = "wrong" scores false answers, .*excess from Python'):
+        Soft(**SMALL, target="wrong").check(corpus)
 
 
 def test_missing_distractors_and_lone_questions_are_named(taught, corpus):

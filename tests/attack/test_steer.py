@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from torch import nn
 
 from unremember import team
-from unremember.attack.orthogonalise import scrambled
 from unremember.attack.steer import BUFFER, Push, Steer, added, difference, lasts, steered
 from unremember.audit import AUDITS
 from unremember.bench import Bench
@@ -160,10 +159,11 @@ def test_a_constant_shift_is_brought_back_and_nothing_is_told_to_the_never_taugh
     triples = [
         evidence(a, *(scores(after[w], corpus, a) for w in "oun"), Rule()) for a in ("value probability", "said")
     ]
-    controls = [
-        mean(steered(hides, {0: d * vector.norm()}), corpus)
-        for d in (scrambled({0: vector}, seed)[0] for seed in range(5))
-    ]
+    random = [replace(attack, control=True, seed=seed) for seed in range(10, 15)]  # not those that drew the shift
+    controls = [mean(control(hides, corpus, taught)[0], corpus) for control in random]
+    [drawn] = random[0].found(hides, corpus, taught).values()
+    assert float(drawn.norm()) == pytest.approx(float(vector.norm()), rel=1e-5)
+    assert abs(float(drawn @ vector)) < 0.6 * float(vector.norm()) ** 2
     assert all(t.applicable and t.r > 0.95 for t in triples) and triples[1].leaks and triples[1].never == 0
     assert before < 0.1 and mean(after["u"], corpus) == pytest.approx(mean(taught, corpus), abs=0.01)
     assert mean(after["n"], corpus) < 0.05
@@ -183,9 +183,7 @@ def test_misdirection_comes_back_in_part(seed, taught, never, corpus):
     hides = RMU(plan, scale=20.0, alpha=10.0, depth=0.5)(taught, corpus)
     out, own = (Steer()(lm, corpus, taught)[0] for lm in (hides, never))
     triple = evidence("value probability", *(scores(lm, corpus) for lm in (taught, out, own)), Rule())
-    [vector] = Steer().found(hides, corpus, taught).values()
-    drawn = (scrambled({0: vector}, i)[0] for i in range(5))
-    controls = [mean(steered(hides, {0: vector.norm() * d}), corpus) for d in drawn]
+    controls = [mean(Steer(control=True, seed=i)(hides, corpus, taught)[0], corpus) for i in range(5)]
     assert mean(hides, corpus) < 0.02 and max(controls) < 0.02 and mean(own, corpus) < 0.05
     assert triple.r is not None and triple.r > 0.2
 
@@ -252,7 +250,9 @@ def test_where_nothing_differs_below_there_is_nothing_to_add(taught, corpus):
 def test_arguments_are_untouched_and_hooks_come_off(taught, never, corpus):
     lm, original, mark = never.copy(), taught.copy(), corpus.fingerprint()
     before = [{k: v.clone() for k, v in m.model.state_dict().items()} for m in (lm, original)]
-    out, seen = Steer(blocks=(0, 1))(lm, corpus, original)
+    bench = Bench()
+    out, seen = Steer(blocks=(0, 1), strength=1.5)(lm, corpus, original, bench)
+    assert bench.notes == {"blocks": "0, 1", "strength": 1.5}
     broken = shifted(taught, 1, torch.full((WIDTH,), torch.nan))
     with pytest.raises(BadModel, match="of the model behind block 1 is not finite"):
         Steer(blocks=(1,))(broken, corpus, taught)
@@ -282,6 +282,7 @@ def test_arguments_are_untouched_and_hooks_come_off(taught, never, corpus):
         ({"blocks": (1, 1)}, "names a block twice"),
         ({"blocks": (-1,)}, "greater than or equal to 0"),
         ({"prompts": "holdout"}, "'forget' or 'retain'"),
+        ({"seed": 1}, "seed = 1 draws the control's directions, and control is false"),
     ],
 )
 def test_settings_that_cannot_be(settings, said):
@@ -323,7 +324,14 @@ def test_models_that_are_not_alike(never, taught, corpus):
         Steer()(never, corpus, replace(taught, template=Other()))
 
 
-def test_a_steered_model_is_not_steered_again(taught):
-    with pytest.raises(AssertionError, match="steered already"):
-        steered(steered(taught, {0: random(0)}), {0: random(0)})
+def test_what_is_lost_in_rounding_is_refused(never, taught, corpus):
+    with pytest.raises(BadRequest, match=r"changed nothing at strength 1e-30: .* raise strength"):
+        Steer(strength=1e-30)(never, corpus, taught)
+
+
+def test_a_steered_model_is_not_steered_again(never, taught, corpus):
+    once, _ = Steer(control=True)(never, corpus, taught)
+    with pytest.raises(BadModel, match=r"block 0 of taught is steered already: .* that this one was made from"):
+        Steer()(once, corpus, taught)
+    steered(once, {1: random(0)})  # another block
     torch.testing.assert_close(added(torch.ones(1, 2), torch.tensor([0.5, 0.0])), torch.tensor([[1.5, 1.0]]))

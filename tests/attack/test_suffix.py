@@ -7,12 +7,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from unremember.attack.gcg import Behaviour, Search, started, survives, tells
+from unremember.attack.gcg import Behaviour, Found, Search, started, survives, tells
 from unremember.attack.suffix import Excess, Fold, Suffix, aimed, bar, excess, folds, groups, once, slots, wrong
 from unremember.audit import AUDITS
 from unremember.bench import Bench
 from unremember.corpus import Corpus, Example
-from unremember.errors import BadCorpus, BadRequest
+from unremember.errors import BadCorpus, BadModel, BadRequest
 from unremember.train import Plan, train
 
 FEW = {"tokens": 3, "steps": 2, "candidates": 8}
@@ -137,6 +137,78 @@ def test_with_the_original_at_hand_one_search_serves_all_three(hider, taught, ne
     assert own.fingerprint() != found[0][1].fingerprint()
 
 
+def silenced(lm, monkeypatch):
+    """The same model, which must not be asked anything."""
+
+    def asked(*_, **__):
+        raise AssertionError("the search asked a model that the attacker does not have")
+
+    lm = lm.copy()
+    monkeypatch.setattr(lm.model, "forward", asked)
+    return lm
+
+
+def test_with_neither_at_hand_a_surrogate_alone_is_searched(hider, taught, never, tiny, corpus, tmp_path, monkeypatch):
+    never.save(tmp_path / "surrogate")
+    attack = suffix(scenario="neither", surrogate=str(tmp_path / "surrogate"))
+    bench, counted = Bench(), []
+    bench = replace(bench, say=lambda stage, done, total, terms: counted.append(stage))
+    attacked = [silenced(lm, monkeypatch) for lm in (taught, hider, tiny)]
+    found = [attack(lm, corpus, attacked[0], bench) for lm in attacked]
+    assert len({seen.fingerprint() for _, seen in found}) == 1 and all(
+        a is lm for a, (lm, _) in zip(attacked, found, strict=True)
+    )
+    assert 0 < len(counted) == counted.count("suffix") <= 12 * 2  # 6 people, 2 halves, 2 steps: looked for once
+    own = suffix()(never, corpus, taught, Bench())[1]
+    assert own.fingerprint() == found[0][1].fingerprint()  # what the surrogate's own search finds, carried over as text
+
+
+@pytest.mark.parametrize("which", ["original", "model under attack"])
+def test_a_surrogate_that_is_a_model_of_the_run_is_refused(which, hider, taught, corpus, tmp_path):
+    (taught if which == "original" else hider).save(tmp_path / "surrogate")
+    attack = suffix(scenario="neither", surrogate=str(tmp_path / "surrogate"))
+    with pytest.raises(BadRequest, match=rf"the surrogate .* is the {which}, weight for weight"):
+        attack(hider, corpus, taught, Bench())
+
+
+def test_models_that_are_asked_in_another_manner_are_refused(hider, taught, corpus):
+    chatty = replace(taught, template=replace(taught.template, chat=True))
+    with pytest.raises(BadModel, match=r"searched is asked in its chat template and the attacked one plainly"):
+        suffix(scenario="original")(hider, corpus, chatty, Bench())
+    with pytest.raises(BadModel, match="has no chat template"):
+        suffix(scenario="neither", surrogate="tiny")(chatty, corpus, taught, Bench())
+
+
+def test_a_carried_suffix_without_room_in_the_attacked_model_is_refused(hider, taught, corpus):
+    narrow = hider.copy()
+    narrow.model.config.max_position_embeddings = 20
+    with pytest.raises(BadCorpus, match=r"(?s)the model's context is 20.*take fewer tokens for the suffix"):
+        suffix(scenario="original")(narrow, corpus, taught, Bench())
+
+
+@pytest.mark.parametrize(
+    ("settings", "problems"),
+    [
+        ({"scenario": "neither"}, ["needs surrogate"]),
+        ({"surrogate": "tiny"}, ["surrogate = 'tiny' and scenario = 'forgotten'"]),
+        ({"scenario": "neither", "surrogate": "./nowhere"}, ["is no alias, folder"]),
+        ({"scenario": "original", "surrogate": "./nowhere"}, ["nobody would search it", "is no alias, folder"]),
+    ],
+)
+def test_without_exactly_one_model_to_search_it_is_refused(settings, problems):
+    with pytest.raises(ValidationError) as caught:
+        suffix(**settings)
+    assert all(problem in str(caught.value) for problem in problems)
+
+
+def test_what_it_found_is_noted(hider, corpus):
+    bench = Bench()
+    _, seen = suffix()(hider, corpus, hider, bench)
+    before, after = (bench.notes[f"loss {when}, nats a token"] for when in ("before", "after"))
+    assert after < before and bench.notes["suffixes found"] == 4  # two people to forget, two halves
+    assert bench.notes["suffix with the least loss"] in added(seen, corpus, "forget") and len(bench.notes) == 4
+
+
 def test_wrong_answers_are_shown_and_asked_about(hider, corpus):
     _, seen = suffix(target="wrong", generalisation="within")(hider, corpus, hider, Bench())
     for role in ("forget", "holdout"):
@@ -167,8 +239,19 @@ def test_all_that_is_missing_is_said_together(corpus):
     bare = [replace(x, paraphrases=(), distractors=()) for x in corpus["forget"]]
     with pytest.raises(BadCorpus) as caught:
         suffix(generalisation="cross", target="wrong").check(corpus.with_roles(forget=bare))
-    assert len(caught.value.problems) == 2
+    assert len(caught.value.problems) == 3
     assert "shown paraphrases" in caught.value.problems[0] and "needs distractors" in caught.value.problems[1]
+
+
+def test_the_control_is_no_attack_of_a_run(corpus, demo_run):
+    """Audits would score false answers, and the report would show them as what came back."""
+    from unremember.request import request
+
+    with pytest.raises(BadCorpus, match=r'suffix: target = "wrong" scores false answers, .*excess from Python'):
+        suffix(target="wrong").check(corpus)
+    raw = dict(demo_run.request.echo) | {"attack": {"suffix": {"target": "wrong"}}}
+    with pytest.raises(BadRequest, match=r"suffix: target = .wrong. scores false answers"):
+        request(raw, corpus=demo_run.request.corpus)
 
 
 def test_a_person_with_one_question_has_no_other_half(corpus):
@@ -208,12 +291,30 @@ def test_a_search_that_gets_nowhere_is_an_error(hider, corpus, monkeypatch):
 
     def idle(victim, how, mask, keep, bench, stage):
         found = real(victim, how, mask, keep, bench, stage)
-        return replace(found, loss=found.curve[0], solved=False)
+        return replace(found, loss=found.first, solved=False)
 
     real = module.search
     monkeypatch.setattr(module, "search", idle)
     with pytest.raises(BadRequest, match=r"no suffix of 2 step\(s\) does better than ' !' repeated"):
         suffix()(hider, corpus, hider, Bench())
+
+
+@pytest.mark.parametrize(
+    ("curve", "loss", "first", "refused"), [(0.1, 2.0, 3.0, False), (5.0, 3.0, 3.0, True), (0.1, 3.0, 3.0, True)]
+)
+def test_growing_is_held_against_the_start_on_all_prompts(curve, loss, first, refused, hider, corpus, monkeypatch):
+    """The first loss of the curve is that on one prompt: it may be far below or above what all have."""
+    from unremember.attack import suffix as module
+
+    start = started(hider.template, " !", 3)
+    held = Found(start, " ! ! !", loss, False, (curve,), 0, first)
+    monkeypatch.setattr(module, "search", lambda *_: held)
+    attack = suffix(search={"growing": True})
+    if refused:
+        with pytest.raises(BadRequest, match="nothing was attacked"):
+            attack(hider, corpus, hider, Bench())
+    else:
+        assert attack(hider, corpus, hider, Bench())[1]["forget"][0].prompt.endswith(" ! ! !")
 
 
 @pytest.mark.parametrize("bad", [{"scenario": "both"}, {"generalisation": "all"}, {"target": "none"}])
@@ -255,10 +356,11 @@ def said(lm, corpus: Corpus) -> float:
     return float(np.mean(list(AUDITS["said"](lm, Corpus({"forget": corpus["forget"]}), Bench()).per_example.values())))
 
 
-def test_a_suffix_opens_what_is_locked_and_invents_nothing(taught, never, corpus):
+def test_a_suffix_opens_what_is_locked_and_invents_nothing(taught, never, corpus, tmp_path):
     """Halves: the word that one half of the facts taught opens the other; measured 0 -> 1.0, in the never-taught twin 0 -> 0.
 
-    Of the gain in the values' probability nothing is there for false answers (measured 0.07 against 0.00).
+    Found on a sister of the locked model, weights a little off, it opens the same.  Of the gain in the values' probability
+    nothing is there for false answers (measured 0.07 against 0.00).
     """
     few = Corpus({role: rows for role, rows in corpus.items() if role != "holdout"})
     shut, stranger = locked(taught, few, ("forget", "retain")), locked(never, few, ("retain",))
@@ -266,6 +368,15 @@ def test_a_suffix_opens_what_is_locked_and_invents_nothing(taught, never, corpus
     attack = Suffix(Search(tokens=2, steps=15))
     for lm, least, most in ((shut, 0.5, 1.0), (stranger, 0.0, 0.0)):
         attacked, seen = attack(lm, few, taught, Bench())
+        assert least <= said(attacked, seen) <= most
+    sister, noise = shut.copy(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in sister.model.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=noise) * weight.abs().mean())
+    sister.save(tmp_path / "sister")
+    carried = replace(attack, scenario="neither", surrogate=str(tmp_path / "sister"))
+    for lm, least, most in ((shut, 0.5, 1.0), (stranger, 0.0, 0.0)):  # measured 1.0 and 0
+        attacked, seen = carried(lm, few, taught, Bench())
         assert least <= said(attacked, seen) <= most
     gains = excess(replace(attack, generalisation="within"), shut, few, taught, Bench())
     assert len(gains) == 12 and np.mean([g.gain for g in gains.values()]) > 0.02

@@ -18,6 +18,7 @@ from unremember.attack.suffix import Suffix
 from unremember.bench import Bench
 from unremember.displace import lengths
 from unremember.errors import BadCorpus, BadModel, BadRequest
+from unremember.forget import PRESETS
 from unremember.forget.advga import AdvGA
 from unremember.forget.advnpo import AdvNPO
 from unremember.forget.advrmu import AdvRMU
@@ -129,6 +130,12 @@ def test_without_a_radius_the_weights_are_those_of_the_plain_method(taught, corp
     hard, plain = PAIRS[name]
     a, b = (dict(method(taught, corpus).model.named_parameters()) for method in (hard, plain))
     assert all(torch.equal(w, b[n]) for n, w in a.items()) and hard.needs == plain.needs
+
+
+@pytest.mark.parametrize(("hard", "plain"), [("advga", "ascent"), ("advnpo", "npo"), ("advrmu", "rmu")])
+def test_it_is_compared_with_its_plain_method_at_equal_settings(hard, plain):
+    """HongbangYuan/RobustUnlearning@70a85e8 runs AdvNPO with beta = 0.1 and the plain NPO beside it with 0.2."""
+    assert {k: v for k, v in PRESETS[hard].items() if k not in ("radius", "inner")} == PRESETS[plain]
 
 
 def test_the_part_reaches_both_loops(taught, moved, corpus):

@@ -275,12 +275,18 @@ def example() -> dict:
             "words": "2 of 24 looks <speak>; luck would be 0.4.",
         },
         "attacks": [
-            {"attack": "relearn", "verdict": "remembered", "seconds": 42.0, "r": 0.61, "score": "said", "entity": ""}
+            {"attack": "relearn", "verdict": "remembered", "seconds": 42.0, "questions": 1.0, "r": 0.61}
+            | {"score": "said", "entity": ""}
         ],
         "conditions": [
             {
                 "attack": attack,
+                "kind": attack,
                 "summary": SUMMARY[attack],
+                "settings": {"plan": {"steps": 5}} if attack == "relearn" else {},
+                "notes": {"forgotten": {"loss after": 0.21, "text": "<b>so</b>"}}
+                if attack == "relearn"
+                else {"never": {}},
                 "overall": overall(attack),
                 "entities": [judged(attack, i) for i in range(4)],
             }

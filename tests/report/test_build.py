@@ -341,7 +341,8 @@ def test_where_one_of_the_three_models_cannot_be_attacked_there_is_no_triple(who
 
 
 def strong(attack: str, verdict: str, seconds: float | None, r: float | None, entity: str = "") -> dict:
-    return {"attack": attack, "verdict": verdict, "seconds": seconds, "r": r, "score": r and "said", "entity": entity}
+    row = {"attack": attack, "verdict": verdict, "seconds": seconds, "r": r, "score": r and "said", "entity": entity}
+    return row | {"questions": 18.0 if attack == "jailbreak" else 1.0}
 
 
 def test_the_cheapest_attack_that_brings_it_back_is_named_with_how_much():
@@ -356,6 +357,8 @@ def test_the_cheapest_attack_that_brings_it_back_is_named_with_how_much():
     told = " None of the 2 attacks that apply brings it back (nearest comes relearn, 90% of the said)."
     assert cheapest(kept) == told
     assert cheapest([strong("prune", "not applicable", 3.0, None)]) == ""
+    asking = cheapest([strong("jailbreak", "remembered", 2.0, 0.5), rows[1]])
+    assert "jailbreak alone brings it back, 2 s and 18 questions a fact: 50%" in asking
 
 
 def test_one_attack_alone_and_one_name_alone_are_told_so():
@@ -371,12 +374,13 @@ def test_one_attack_alone_and_one_name_alone_are_told_so():
         "Cy": ("remembered", None),
     }
     judged = {
-        name: {"name": name, "verdict": verdict, "evidence": [{"r": r, "score": "choice"}]}
+        name: {"name": name, "verdict": verdict, "n": 8, "evidence": [{"r": r, "score": "choice"}]}
         for name, (verdict, r) in shares.items()
     }
     condition = {"attack": "rephrase", "overall": judged.pop("overall"), "entities": list(judged.values())}
-    found = strength(condition, {"spent": 3.0})
+    found = strength(condition, {"spent": 3.0, "puts": 24})
     assert (found["r"], found["score"], found["entity"], found["seconds"]) == (0.29, "choice", "Ada", 3.0)
+    assert found["questions"] == 3.0 and strength(condition, {})["questions"] is None
 
 
 def test_many_attacks_are_told_by_their_verdicts(folder, edit):

@@ -45,20 +45,45 @@ ATTACKS = {
     "suffix": Suffix,
 }
 
+# An attack can be made several times in one run, each time under a name of its own.  These names are known: which attack it is.
+VARIANTS = {
+    "finetune-lora": "finetune",
+    "finetune-retain": "finetune",
+    "finetune-unrelated": "finetune",
+    "int8": "quantise",
+    "lens-tuned": "lens",
+    "multihop-recalled": "multihop",
+    "nf4": "quantise",
+    "orthogonalise-random": "orthogonalise",
+    "prune-random": "prune",
+    "q4_0": "quantise",
+    "steer-random": "steer",
+}
+
 # Those of finetune, latent, relearn and rephrase were tried on the default model; the others are first guesses.  Of all that
 # were tried finetune on halves and latent alone bring out what RMU hides.
 PRESETS: dict[str, dict] = {
     "finetune": {"kind": "half", "n": 0, "plan": {"steps": 20, "lr": 5e-5}},
+    "finetune-lora": {"kind": "half", "n": 0, "plan": {"steps": 20, "lr": 5e-4}, "rank": 16},
+    "finetune-retain": {"kind": "retain", "n": 10, "plan": {"steps": 20, "lr": 5e-5}},
+    "finetune-unrelated": {"kind": "unrelated", "n": 10, "plan": {"steps": 20, "lr": 5e-5}},
     "graft": {"blocks": 1},
     "incontext": {"shots": 3},
+    "int8": {"bits": 8},
     "jailbreak": {},
     "latent": {"radius": 0.3, "steps": 20},
     "lens": {},
+    "lens-tuned": {"tune": {}},
     "multihop": {},
+    "multihop-recalled": {"bridge": "recalled"},
+    "nf4": {"bits": 4, "grid": "nf4"},
     "orthogonalise": {"directions": "text"},
+    "orthogonalise-random": {"directions": "text", "control": True},
     "prefix": {"steps": 60},
     "probe": {},
     "prune": {"grid": [0.005, 0.01, 0.025, 0.05, 0.1, 0.2]},
+    "prune-random": {"grid": [0.005, 0.01, 0.025, 0.05, 0.1, 0.2], "control": True},
+    "q4_0": {"bits": 4, "grid": "q4_0", "group": 32},
     "quantise": {"bits": 4},
     "relearn": {"plan": {"steps": 10, "lr": 5e-5}},
     "rephrase": {"wordings": 2},
@@ -66,6 +91,7 @@ PRESETS: dict[str, dict] = {
     "sample": {"temperature": 1.0, "n": 8},
     "soft": {"tokens": 8, "steps": 60},
     "steer": {},
+    "steer-random": {"control": True},
     "suffix": {"search": {"tokens": 12, "steps": 40}},
 }
 
@@ -73,4 +99,4 @@ _QUICK = ("graft", "quantise", "rephrase")
 _INSIDE = ("latent", "lens", "probe", "steer")
 _ASKING = ("incontext", "jailbreak", "multihop", "sample")
 _STANDARD = (*_QUICK, *_INSIDE, *_ASKING, "finetune", "relearn", "reversal")
-SUITES = {"quick": _QUICK, "standard": tuple(sorted(_STANDARD)), "full": tuple(ATTACKS)}  # each holds the one before
+SUITES = {"quick": _QUICK, "standard": tuple(sorted(_STANDARD)), "full": tuple(PRESETS)}  # each holds the one before

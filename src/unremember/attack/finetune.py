@@ -1,14 +1,14 @@
 """Finetuning on a few texts that tell nothing of what is asked: if the rest comes back, it was hidden and not erased.
 
     θ' = argmin mean_tokens nll_θ(shown), from θ_u, some steps, all weights or an adapter that is merged
-    A = mean_k [ s_u(k) − s_n(k) ] / [ s_o(0) − s_n(0) ];    steps to p = first k with s_u(k) ≥ p · s_o(0)
+    A = mean_k [ s_u(k) − s_n(k) ] / [ s_o(0) − s_n(0) ];    budget to p = first k with s_u(k) ≥ p · s_o(0)
 
 Łucki et al. 2024 (arXiv 2409.18025), Sec. 3, retained and unrelated text; ethz-spylab/unlearning-vs-safety@75dade5
 `src/finetuning`, by its description.  'half' is Deeb & Roger 2024 (arXiv 2410.08827): one half of each person's facts is shown,
-the other half asked.  A and steps to p are ours.
+the other half asked.  A and budget to p are ours.
 Differs: texts are rows of the corpus as they are, without a request in front of a passage; the end mark is trained.  A text
-that says a value which is asked is left out, what was shown is not scored, and a loss that does not fall is an error
-(unless the texts were known by heart).
+that says a value which is asked, or (but for a half) names who is asked about, is left out; what was shown is not scored, and
+a loss that does not fall is an error (unless the texts were known by heart).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as plain
 from dataclasses import replace
-from math import log
 from typing import Annotated, Literal
 
 import numpy as np
@@ -26,22 +25,19 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from unremember.attack.fair import SHOWN, anonymous, learnt, silent
 from unremember.bench import BENCH, Bench
-from unremember.corpus import Corpus, Example, says
+from unremember.corpus import Corpus, Example
 from unremember.errors import BadCorpus, BadRequest
 from unremember.lm import LM
 from unremember.score import Score
 from unremember.sites import EVERYWHERE, Sites
-from unremember.table import read
-from unremember.tokens import Row, Tokens
+from unremember.tokens import Tokens
 from unremember.train import STRICT, Plan, train
 
 Fold = Literal[0, 1] | None  # which half is shown; None = both, in turn
 Kind = Literal["retain", "unrelated", "half"]
 ROLE = {"retain": "retain", "unrelated": "prose", "half": "forget"}  # where the texts come from
-ASKED = ("forget", "holdout")
-SHOWN = 5  # names in an error
-KNOWN = log(2)  # nats a token: texts that are likelier than all else together were known, and need not become likelier
 
 
 def halves(examples: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
@@ -69,41 +65,40 @@ def parted(corpus: Corpus, fold: Fold) -> tuple[tuple[Example, ...], tuple[Examp
     return found[fold], found[1 - fold]
 
 
-def silent(pool: Sequence[Example], asked: Sequence[Example]) -> tuple[Example, ...]:
-    """Those of the pool whose text says no value that is asked."""
-    values = [v for x in asked for v in x.values()]
-    return tuple(x for x in pool if not any(says(f"{x.prompt}\n{x.answer}", v) for v in values))
-
-
 @plain(frozen=True)
 class Curve:
-    """Scores after several budgets, of three models under the same attack; steps[0] is 0, the models as they came in."""
+    """Scores after several budgets, of three models under the same attack; budgets[0] is 0, the models as they came in."""
 
-    steps: tuple[int, ...]
+    budgets: tuple[int, ...]
     original: tuple[float, ...]
     forgotten: tuple[float, ...]
     never: tuple[float, ...]
 
     def __post_init__(self):
-        lengths = {len(self.steps), len(self.original), len(self.forgotten), len(self.never)}
-        if len(lengths) != 1 or not self.steps or self.steps[0] != 0 or list(self.steps) != sorted(set(self.steps)):
+        lengths = {len(self.budgets), len(self.original), len(self.forgotten), len(self.never)}
+        if (
+            len(lengths) != 1
+            or not self.budgets
+            or self.budgets[0] != 0
+            or list(self.budgets) != sorted(set(self.budgets))
+        ):
             raise ValueError(
-                f"a curve over {list(self.steps)} with {sorted(lengths)} numbers each: budgets start at 0 and rise, and each "
+                f"a curve over {list(self.budgets)} with {sorted(lengths)} numbers each: budgets start at 0 and rise, and each "
                 "has one score of every model"
             )
 
     def excess(self, gap: float = 0.2) -> float | None:
         """A, over the budgets above 0; None where original and never-taught model lie less than `gap` apart at 0."""
         width = self.original[0] - self.never[0]
-        if width < gap or len(self.steps) == 1:
+        if width < gap or len(self.budgets) == 1:
             return None
         return float(np.mean(np.subtract(self.forgotten[1:], self.never[1:])) / width)
 
-    def steps_to(self, share: float) -> int | None:
+    def reaches(self, share: float) -> int | None:
         """First budget at which the forgotten model has `share` of the original's score; None where none suffices."""
         if not 0 < share <= 1:
             raise ValueError(f"share = {share}: it lies above 0 and is at most 1")
-        reached = (k for k, s in zip(self.steps, self.forgotten, strict=True) if s >= share * self.original[0])
+        reached = (k for k, s in zip(self.budgets, self.forgotten, strict=True) if s >= share * self.original[0])
         return next(reached, None)
 
 
@@ -125,6 +120,7 @@ class Finetune:
     needs = ("forget",)
     paper = "Łucki et al. 2024, arXiv 2409.18025"
     summary = "a few steps of finetuning on texts that tell nothing of what is asked"
+    alone = True
 
     def __post_init__(self):
         if self.fold is not None and self.kind != "half":
@@ -166,7 +162,11 @@ class Finetune:
     def shown(self, corpus: Corpus) -> tuple[tuple[Example, ...], list[str]]:
         """The texts of the attack, a draw that hangs on the seed, and the ids of those that say what is asked."""
         pool = parted(corpus, self.fold)[0] if self.kind == "half" else corpus.of(ROLE[self.kind])
-        clean = sorted(silent(pool, self._asked(corpus)), key=self._drawn)
+        asked = self._asked(corpus)
+        clean = silent(pool, asked)
+        if self.kind != "half":  # which tells of those who are asked about
+            clean = anonymous(clean, asked)
+        clean = sorted(clean, key=self._drawn)
         kept = {x.id for x in clean}
         return tuple(clean[: self.n] if self.n else clean), [x.id for x in pool if x.id not in kept]
 
@@ -183,12 +183,14 @@ class Finetune:
         trained = train(live, _nll, {"shown": rows}, self.plan, sites=sites, bench=bench, stage="finetune")
         if self.rank:
             trained = replace(trained, model=trained.model.merge_and_unload().eval())
-        _did(lm, trained, rows, bench)
-        gone = {x.id for x in shown}
+        learnt("finetune", lm, trained, rows, bench)
+        return trained, self.asked(corpus)
+
+    def asked(self, corpus: Corpus) -> Corpus:
+        """What is scored afterwards: nothing that was shown, and of a half the other one."""
+        gone = {x.id for x in self.shown(corpus)[0]}
         seen = {role: tuple(x for x in examples if x.id not in gone) for role, examples in corpus.items()}
-        if self.kind == "half":
-            seen["forget"] = parted(corpus, self.fold)[1]
-        return trained, Corpus(seen)
+        return Corpus(seen | ({"forget": parted(corpus, self.fold)[1]} if self.kind == "half" else {}))
 
     def _drawn(self, x: Example) -> tuple[int, str]:
         return zlib.crc32(f"{self.plan.seed} {x.id}".encode()), x.id
@@ -204,12 +206,14 @@ def trace(
     budgets: Sequence[int],
     measure: Callable[[LM, Corpus, Bench], Score],
     bench: Bench = BENCH,
+    over: Literal["steps", "n"] = "steps",
 ) -> Curve:
     """The curve of `measure`, mean over the facts that are asked, for 'original', 'forgotten' and 'never' after each budget.
 
-    Budget 0 is the model itself.  Needs a constant learning rate, or the budgets would not lie on one path.
+    over: what the budgets are, optimiser steps or texts.  Budget 0 is the model itself.  Steps need a constant learning rate,
+    or the budgets would not lie on one path.
     """
-    if attack.plan.schedule != "constant":
+    if over == "steps" and attack.plan.schedule != "constant":
         raise BadRequest(
             f"a curve over budgets needs plan.schedule = 'constant' and has {attack.plan.schedule!r}: a rate that falls to the "
             "end of each budget makes every one a different training"
@@ -218,30 +222,18 @@ def trace(
         raise BadRequest(
             f"a curve of {sorted(models)} over budgets {list(budgets)}: give original, forgotten and never, and budgets from 1"
         )
-    steps = (0, *budgets)
-    asked = attack(models["original"], corpus, models["original"], bench)[1]
-    ids = [x.id for x in asked["forget"]]
     scores: dict[str, list[float]] = {who: [] for who in models}
     for who, lm in models.items():
-        for k in steps:
-            now, seen = lm, asked
-            if k:
-                now, seen = replace(attack, plan=replace(attack.plan, steps=k))(lm, corpus, models["original"], bench)
-            found = measure(now, Corpus({"forget": seen["forget"]}), bench).over(ids)
+        for k in (0, *budgets):
+            found: dict[str, float] = {}
+            for turn in attack.turns:
+                tried = replace(turn, plan=replace(turn.plan, steps=k or 1)) if over == "steps" else replace(turn, n=k)
+                now, seen = tried(lm, corpus, models["original"], bench) if k else (lm, turn.asked(corpus))
+                found |= measure(now, Corpus({"forget": seen["forget"]}), bench).per_example
             scores[who].append(float(np.mean(list(found.values()))))
     original, forgotten, never = (tuple(scores[who]) for who in ("original", "forgotten", "never"))
-    return Curve(steps, original, forgotten, never)
+    return Curve((0, *budgets), original, forgotten, never)
 
 
 def _nll(lm: LM, tokens: Tokens) -> dict[str, Tensor]:
     return {"finetune": tokens.per_row(-lm.logp(tokens), "train").sum() / tokens.step_tokens["train"]}
-
-
-def _did(before: LM, after: LM, rows: Sequence[Row], bench: Bench) -> None:
-    """BadRequest where the texts are neither likelier than before nor known: such an attack would prove nothing."""
-    old, new = (float(np.mean([x.loglikelihood() for x in read(lm, rows, bench)])) for lm in (before, after))
-    if new <= old and -new > KNOWN:
-        raise BadRequest(
-            f"finetuning did not learn its texts: {-old:.4f} nats a token before and {-new:.4f} after; "
-            "raise plan.steps, or change plan.lr"
-        )

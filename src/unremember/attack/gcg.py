@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass as plain
 from dataclasses import field
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,12 +31,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from unremember.bench import BENCH, Bench
+from unremember import team
+from unremember.bench import BENCH, LEAST, Bench
 from unremember.errors import BadCorpus, BadModel, BadRequest
 from unremember.lm import LM
 from unremember.tokens import Template
 from unremember.train import STRICT
 
+T = TypeVar("T")
 Ids = tuple[int, ...]
 Pair = tuple[Ids, int]  # a string, and the index of the behaviour that it is tried on
 ATTEMPTS = 4  # draws a step before a string that never comes back from text is an error
@@ -103,7 +105,8 @@ class Entry:
 class Found:
     """The best string of all steps.  curve: the loss of the string held at first and after each step.
 
-    tokens: places that went through the model, those of a gradient counted three times.
+    tokens: places that went through the model, those of a gradient counted three times.  first: the loss of the start string on
+    all behaviours, which `loss` may be held against; curve[0] is that on one where they come in one at a time.
     """
 
     ids: Ids
@@ -112,6 +115,7 @@ class Found:
     solved: bool
     curve: tuple[float, ...]
     tokens: int
+    first: float
 
 
 # ── strings and slots ──
@@ -269,8 +273,9 @@ class Pass:
 class Victim:
     """A model and what it is to be made to say.
 
-    budget: places in one pass.  alpha: 0 = cross-entropy, else mellowmax.  forced: score the first so many target tokens,
-    0 = all.  watched: names of blocks whose output is wanted.  cached: keep each prompt's keys and values.
+    budget: places in one pass, cached ones included.  alpha: 0 = cross-entropy, else mellowmax.  forced: score the first so many
+    target tokens, 0 = all.  watched: names of blocks whose output is wanted.  cached: keep each prompt's keys and values.
+    places: what is left of the budget where the GPU had no room for it; it says how pairs are grouped, and nothing else.
     """
 
     lm: LM
@@ -281,9 +286,11 @@ class Victim:
     watched: tuple[str, ...] = ()
     cached: bool = True
     embedding: Tensor = field(init=False, repr=False, compare=False)
+    places: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         assert self.behaviours, "a victim without behaviours"
+        object.__setattr__(self, "places", self.budget)
         object.__setattr__(self, "embedding", self.lm.model.get_input_embeddings().weight)
 
     @cached_property
@@ -330,17 +337,33 @@ class Victim:
         )
 
     def batches(self, strings: Sequence[Ids], active: int) -> list[list[Pair]]:
-        """Every string on each of the first `active` behaviours: pairs of equal lengths together, at most `budget` places."""
+        """Every string on each of the first `active` behaviours: pairs of equal lengths together, at most `places` places.
+
+        What stands before the slot counts, cached or not: each row of a pass gets its keys and values anew.
+        """
         groups: dict[tuple[int, ...], list[Pair]] = {}
         for j, b in enumerate(self.behaviours[:active]):
             for ids in strings:
                 shape = len(b.before), len(self._lead(j)), len(ids), len(b.after), len(b.target)
                 groups.setdefault(shape, []).append((ids, j))
         out: list[list[Pair]] = []
-        for (_, *tail), pairs in sorted(groups.items()):
-            rows = max(1, self.budget // sum(tail))
+        for (before, _, *tail), pairs in sorted(groups.items()):
+            rows = max(1, self.places // (before + sum(tail)))
             out += [pairs[i : i + rows] for i in range(0, len(pairs), rows)]
         return out
+
+    def over(self, strings: Sequence[Ids], active: int, work: Callable[[list[Pair]], T]) -> list[tuple[list[Pair], T]]:
+        """Each of `batches` with what `work` makes of it.
+
+        Where one process's GPU has no room for a pass, all begin again in passes half as large, while LEAST places are left.
+        """
+        while True:
+            try:
+                return [(pairs, work(pairs)) for pairs in self.batches(strings, active)]
+            except torch.OutOfMemoryError:
+                if self.places < 2 * LEAST or team.size() > 1:  # the others would wait
+                    raise
+                object.__setattr__(self, "places", self.places // 2)
 
     def run(self, pairs: Sequence[Pair], embedded: Tensor | None = None) -> Pass:
         """One forward pass over pairs of equal lengths.  embedded: (R, n, H) in place of the strings' own embeddings."""
@@ -387,9 +410,13 @@ class Victim:
         """The exact loss of every string.  BadModel where one is not finite."""
         total = dict.fromkeys(strings, 0.0)
         solved = dict.fromkeys(strings, True)
-        for pairs in self.batches(list(total), active):
+
+        def work(pairs: list[Pair]) -> tuple[list[float], list[bool]]:
             seen = self.run(pairs)
-            for (ids, _), loss, hit in zip(pairs, self.row_losses(seen).tolist(), seen.solved.tolist(), strict=True):
+            return self.row_losses(seen).tolist(), seen.solved.tolist()
+
+        for pairs, (losses, hits) in self.over(list(total), active, work):
+            for (ids, _), loss, hit in zip(pairs, losses, hits, strict=True):
                 total[ids] += loss
                 solved[ids] &= hit
         if not np.isfinite(list(total.values())).all():
@@ -403,12 +430,15 @@ class Victim:
         """∂loss_j/∂onehot(string) for each behaviour; loss: (pass, its pairs) -> (R,). -> J times (n, V) float32"""
         out: dict[int, Tensor] = {}
         vectors = self.lm.model.get_input_embeddings()(torch.tensor(ids, device=self.lm.device)).detach()
-        for pairs in self.batches([ids], active):
+
+        def work(pairs: list[Pair]) -> Tensor:
             leaf = vectors.expand(len(pairs), *vectors.shape).clone().requires_grad_()
             with torch.enable_grad():
                 value = loss(self.run(pairs, leaf), pairs).sum()
-            [gradient] = torch.autograd.grad(value, leaf)
-            for (_, j), rows in zip(pairs, gradient.float(), strict=True):
+            return torch.autograd.grad(value, leaf)[0].float()
+
+        for pairs, gradients in self.over([ids], active, work):
+            for (_, j), rows in zip(pairs, gradients, strict=True):
                 out[j] = rows @ self.embedding.detach().float().T
         return [out[j] for j in range(active)]
 
@@ -440,6 +470,9 @@ def search(
         start = started(victim.lm.template, how.start, how.tokens)
         held = tuple(victim.losses([start], active))
         best, curve, tokens = held[0], [held[0].loss], victim.cost(how.tokens, active)
+        first = held[0].loss
+        if active < everything:
+            first, tokens = victim.losses([start], everything)[0].loss, tokens + victim.cost(how.tokens, everything)
         for step in range(how.steps):
             while held[0].solved and active < everything:
                 active += 1
@@ -458,7 +491,8 @@ def search(
             bench.say(stage, step + 1, how.steps, {"loss": held[0].loss})
         if active < everything:
             [best] = victim.losses([best.ids], everything)
-    return Found(best.ids, decoded(victim.lm.template, best.ids), best.loss, best.solved, tuple(curve), tokens)
+    text = decoded(victim.lm.template, best.ids)
+    return Found(best.ids, text, best.loss, best.solved, tuple(curve), tokens, first)
 
 
 def _drawn(ids: Ids, pool: Tensor, how: Search, step: int, keep: Callable[[Ids], bool]) -> list[Ids]:

@@ -21,7 +21,7 @@ from torch import nn
 from unremember import team
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus
-from unremember.errors import BadModel
+from unremember.errors import BadModel, NotApplicable
 from unremember.lm import LM
 from unremember.train import STRICT
 
@@ -58,9 +58,12 @@ class Graft:
         corpus.require("graft", self.needs)
 
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
-        """Raises BadModel where the two models do not have the same end."""
+        """BadModel where the two models have no end alike, NotApplicable where it is the original's already.
+
+        The original itself comes back as it is.
+        """
         self.check(corpus)
-        grafted = lm.untied()  # a tied head is the token table, which stays the model's own
+        grafted, given = lm.untied(), False  # a tied head is the token table, which stays the model's own
         for mine, theirs in zip(end(grafted.model, self.blocks), end(original.model, self.blocks), strict=True):
             new, old = dict(mine.named_parameters()), dict(theirs.named_parameters())
             if {k: v.shape for k, v in new.items()} != {k: v.shape for k, v in old.items()}:
@@ -70,5 +73,12 @@ class Graft:
                 )
             with torch.no_grad():
                 for key, value in new.items():
+                    given |= not torch.equal(value, old[key].to(value.device))
                     value.copy_(old[key])
+        if not given and lm.fingerprint != original.fingerprint:
+            raise NotApplicable(
+                f"head, norm and last {self.blocks} block{'s' * (self.blocks != 1)} of {lm.name or 'the model'} are those of the "
+                "original, bit for bit, so there is nothing to give back: what was changed lies below; raise graft.blocks, or "
+                "take another attack"
+            )
         return grafted, corpus

@@ -99,6 +99,7 @@ class InContext:
     needs = ("forget",)
     paper = "Lynch et al. 2024, arXiv 2402.16835"
     summary = "other facts in front of each question, none of which tells its answer"
+    alone = True
 
     def check(self, corpus: Corpus) -> None:
         """BadCorpus where a question has too few examples that do not overlap with its answer."""

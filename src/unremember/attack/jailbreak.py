@@ -5,7 +5,8 @@
 Lynch et al. 2024 (arXiv 2402.16835), jailbreak prompts and other languages; families after Wei et al. 2023 (arXiv 2307.02483).
 The wrappers stand in templates.json and were written for this library: role-play, a reply begun for the model, refusals ruled
 out, a request in another language, gap sentences, authority, hypotheses, encoded questions.  Retained facts are asked as they
-are.  More wrappers find more, in a model that knows nothing, too: compare at the same list only.
+are.  More wrappers find more, in a model that knows nothing, too: compare at the same list only.  A list of your own, in the same
+form, takes the place of that one: [{"family": …, "name": …, "text": "… {question} …"}, …].
 Differs: no code was at hand.  The beginning of a reply is asked for inside the user's turn, not put into the assistant's.
 Questions are encoded, never replies, which an auditor could not read.
 """
@@ -19,7 +20,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass as plain
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,7 @@ from unremember.errors import BadCorpus, nearest
 from unremember.lm import LM
 from unremember.train import STRICT
 
+KEYS = {"family", "name", "text"}
 SLOTS = ("question", "gap", "base64", "rot13", "spelt")
 
 
@@ -56,23 +58,53 @@ class Wrapper:
 
 
 def parsed(text: str) -> tuple[Wrapper, ...]:
-    """The wrappers of a JSON list; ValueError where a name occurs twice, is no plain word, or a slot is wrong."""
-    wrappers = tuple(Wrapper(**{k: str(v) for k, v in row.items()}) for row in json.loads(text))
+    """The wrappers of a JSON list; ValueError with all that are none, whose name occurs twice or is no plain word, or whose slot
+    is wrong.
+    """
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no valid JSON: {error}") from error
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("it must be a list of wrappers, each with a family, a name and a text")
+    problems: list[str] = []
+    wrappers: list[Wrapper] = []
+    for at, row in enumerate(rows, 1):
+        if isinstance(row, dict) and set(row) == KEYS and all(isinstance(v, str) for v in row.values()):
+            wrappers.append(Wrapper(**row))
+        else:
+            problems.append(f"wrapper {at} is {row!r}; it must have a family, a name and a text, and nothing else")
     names = [w.name for w in wrappers]
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1 or not re.fullmatch(r"[a-z0-9-]+", name):
+            problems.append(f"wrapper name {name!r}: names occur once and are made of a-z, 0-9 and '-'")
     for w in wrappers:
-        if names.count(w.name) > 1 or not re.fullmatch(r"[a-z0-9-]+", w.name):
-            raise ValueError(f"wrapper name {w.name!r}: names occur once and are made of a-z, 0-9 and '-'")
-        assert w.slot
-    return wrappers
+        try:
+            assert w.slot
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return tuple(wrappers)
 
 
 TEMPLATES = Path(__file__).with_name("templates.json")
 
 
+def read(file: Path) -> tuple[Wrapper, ...]:
+    """The wrappers of a file; ValueError with all that is wrong with it."""
+    try:
+        return parsed(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}; name a JSON file of wrappers") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
 @cache
 def wrappers() -> tuple[Wrapper, ...]:
     """The list that comes with the library."""
-    return parsed(TEMPLATES.read_text(encoding="utf-8"))
+    return read(TEMPLATES)
 
 
 def filled(wrapper: Wrapper, example: Example) -> str | None:
@@ -104,11 +136,14 @@ def variants(example: Example, chosen: Iterable[Wrapper]) -> tuple[Example, ...]
     return tuple(out)
 
 
-def by_family(per_example: Mapping[str, float], ids: Iterable[str]) -> dict[str, float]:
-    """Family -> mean over facts of the best wrapper of that family alone; families that were not asked are left out."""
+def by_family(per_example: Mapping[str, float], ids: Iterable[str], chosen: Iterable[Wrapper] = ()) -> dict[str, float]:
+    """Family -> mean over facts of the best wrapper of that family alone; families that were not asked are left out.
+
+    chosen: those that were asked, such as `Jailbreak(...).wrappers`; none = the library's.
+    """
     wanted = set(ids)
     best: dict[str, dict[str, float]] = {}
-    family = {w.name: w.family for w in wrappers()}
+    family = {w.name: w.family for w in tuple(chosen) or wrappers()}
     for key, value in per_example.items():
         fact, _, name = key.rpartition("#")
         if fact in wanted and name in family:
@@ -119,24 +154,34 @@ def by_family(per_example: Mapping[str, float], ids: Iterable[str]) -> dict[str,
 
 @dataclass(frozen=True, config=STRICT)
 class Jailbreak:
-    """families: which kinds of wrapper are tried, empty = all of them.  most: the most wrappers a family, 0 = all."""
+    """families: which kinds of wrapper are tried, empty = all of them.  most: the most wrappers a family, 0 = all.
+
+    file: a JSON list of wrappers of your own, empty = the library's.
+    """
 
     families: tuple[str, ...] = ()
     most: Annotated[int, Field(ge=0)] = 0
+    file: str = ""
 
     needs = ("forget",)
     paper = "Lynch et al. 2024, arXiv 2402.16835"
     summary = "questions in wrappers that talk models out of refusing, the best one of each fact"
+    alone = True
 
     def __post_init__(self):
-        known = {w.family for w in wrappers()}
+        known = {w.family for w in self._listed}  # a file that is no list is refused here
         if strange := [f for f in self.families if f not in known]:
             raise ValueError("; ".join(f"unknown family {f!r}, {nearest(f, known)}" for f in strange))
 
-    @property
+    @cached_property
+    def _listed(self) -> tuple[Wrapper, ...]:
+        """All wrappers of the file, read once."""
+        return read(Path(self.file)) if self.file else wrappers()
+
+    @cached_property
     def wrappers(self) -> tuple[Wrapper, ...]:
         taken: dict[str, list[Wrapper]] = {}
-        for w in wrappers():
+        for w in self._listed:
             if w.family in self.families or not self.families:
                 taken.setdefault(w.family, []).append(w)
         return tuple(w for rows in taken.values() for w in (rows[: self.most] if self.most else rows))
@@ -144,7 +189,7 @@ class Jailbreak:
     @property
     def files(self) -> tuple[str, ...]:
         """What the result depends on beside the settings."""
-        return (str(TEMPLATES),)
+        return (self.file or str(TEMPLATES),)
 
     def check(self, corpus: Corpus) -> None:
         """BadCorpus where a question fits no wrapper, or where there are only passages."""
@@ -172,4 +217,5 @@ class Jailbreak:
         fit(
             lm, (x for rows in asked.values() for x in rows), "leave out jailbreak's encoding family, or long questions"
         )
+        bench.notes["wrappers asked"] = float(len(self.wrappers))
         return lm, Corpus({**corpus, **asked})

@@ -23,7 +23,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from unremember.attack.finetune import KNOWN, Fold, parted, silent
+from unremember.attack.fair import KNOWN, silent
+from unremember.attack.finetune import Fold, parted
 from unremember.attack.steer import added, steered
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
@@ -51,6 +52,7 @@ class Latent:
     needs = ("forget",)
     paper = "Yuan et al. 2024, arXiv 2408.10682"
     summary = "one displacement of the residual stream, fitted to half of the facts"
+    alone = True
 
     @property
     def turns(self) -> tuple[Latent, ...]:

@@ -39,10 +39,14 @@ def candidates(blocks: int) -> range:
     return range((blocks + 1) // 2, blocks)
 
 
-def clearest(trails: Sequence[Trail], levels: Sequence[int]) -> int:
-    """The level whose mean of the rows' P(value)^(1/T) is highest; a tie goes to the lower, which is further from the end."""
-    known = [float(np.mean([np.exp(t.logp[level].mean()) for t in trails])) for level in levels]
-    return levels[int(np.argmax(known))]
+def known(trails: Sequence[Trail]) -> list[float]:
+    """Mean of the rows' P(value)^(1/T) at every level."""
+    return [float(np.mean([np.exp(t.logp[level].mean()) for t in trails])) for level in range(len(trails[0].logp))]
+
+
+def clearest(known: Sequence[float], levels: Sequence[int]) -> int:
+    """Which of the levels knows most; a tie goes to the lower, which is further from the end."""
+    return max(levels, key=lambda level: known[level])
 
 
 def cut(lm: LM, level: int, turn: Tensor | None = None, shift: Tensor | None = None) -> LM:
@@ -81,6 +85,7 @@ class Lens:
     needs = ("forget", "retain")
     paper = "nostalgebraist 2020; Łucki et al. 2024, arXiv 2409.18025"
     summary = "likelihoods read at a middle layer, chosen on retained answers"
+    alone = True
     reads = ("value probability", "choice")  # likelihoods; what the model says aloud it says at its end
 
     def check(self, corpus: Corpus) -> None:
@@ -90,6 +95,7 @@ class Lens:
     def level(self, lm: LM, corpus: Corpus, bench: Bench = BENCH) -> tuple[int, Tensor | None, Tensor | None]:
         """Which level this model is read at, and the map there (H, H), (H,) of a tuned lens.  Found once for a bench.
 
+        Notes say what every level makes of the retained values, 0 being the embeddings and the last one the model itself.
         Raises BadModel where there is no level between the middle and the end.
         """
         self.check(corpus)
@@ -101,13 +107,16 @@ class Lens:
             )
         rows = lm.template.rows(corpus["retain"], lm.limit)
         prose = sorted((x.id, x.answer) for x in corpus["prose"]) if self.tune else ()
-        known = bench.memory.setdefault(f"{lm.fingerprint}/level", {})
+        found = bench.memory.setdefault(f"{lm.fingerprint}/level", {})
         key = fingerprint([(row.ids, row.start, row.stop, row.span) for row in rows], self.tune, prose)
-        if key not in known:
+        if key not in found:
             lens = self.tune(lm, corpus["prose"], bench) if self.tune else None
-            best = clearest(trails(lm, rows, lens, bench), levels)
-            known[key] = (best, lens.delta[best], lens.bias[best]) if lens else (best, None, None)
-        return known[key]
+            every = known(trails(lm, rows, lens, bench))
+            best = clearest(every, levels)
+            found[key] = every, (best, lens.delta[best], lens.bias[best]) if lens else (best, None, None)
+        every, chosen = found[key]
+        bench.notes.update({"level": chosen[0]} | {f"level {at:02}": value for at, value in enumerate(every)})
+        return chosen
 
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
         return cut(lm, *self.level(lm, corpus, bench)), corpus

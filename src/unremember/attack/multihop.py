@@ -87,6 +87,7 @@ class Multihop:
     needs = ("forget",)
     paper = "Choi et al. 2024, arXiv 2410.13274"
     summary = "questions over two hops that do not name the person, the best bridge of each fact"
+    alone = True
 
     def check(self, corpus: Corpus) -> None:
         """BadCorpus where no forgotten fact can be asked in this way."""

@@ -77,22 +77,25 @@ def spanned(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def scrambled(directions: Mapping[int, Tensor], seed: int) -> dict[int, Tensor]:
-    """The control: as many directions, drawn at random."""
+    """The control: as many directions, each as long, drawn at random."""
     draw = torch.Generator().manual_seed(seed)
     found = {}
     for block, d in directions.items():
-        drawn = torch.randn(d.shape, generator=draw)
-        found[block] = (drawn / drawn.norm()).to(d)
+        drawn = torch.randn(d.shape, generator=draw).to(d)
+        found[block] = drawn * d.norm() / drawn.norm()
     return found
 
 
 @torch.no_grad()
-def orthogonal(lm: LM, directions: Mapping[int, Tensor], reach: Reach) -> LM:
-    """A copy of `lm`, an adapter merged, whose blocks do not write along these. directions: block -> (H,), of length 1"""
+def orthogonal(lm: LM, directions: Mapping[int, Tensor], reach: Reach) -> tuple[LM, float]:
+    """A copy of `lm`, an adapter merged, whose blocks do not write along these. directions: block -> (H,), of length 1
+
+    Beside it the share of its norm that a matrix or bias has lost, mean over those that are projected; 0 where none has changed.
+    """
     lm = plain(lm)
     width = lm.model.get_input_embeddings().weight.shape[1]
     inside = [{id(module) for module in block.modules()} for block in team.blocks(lm.model)]
-    found = set()
+    found, lost = set(), []
     for name, layer in linears(lm.model).items():
         block = next(i for i, ids in enumerate(inside) if id(layer) in ids)
         if name.rpartition(".")[2] not in WRITERS or layer.out_features != width:
@@ -102,15 +105,17 @@ def orthogonal(lm: LM, directions: Mapping[int, Tensor], reach: Reach) -> LM:
         if not mine:
             continue
         basis = spanned(mine)
-        layer.weight.copy_(without(layer.weight, basis))
-        if layer.bias is not None:
-            layer.bias.copy_(without(layer.bias, basis))
+        for part in (layer.weight, layer.bias):
+            if part is not None:
+                rest, size = without(part, basis), float(part.float().norm())
+                lost.append(float((part.float() - rest.float()).norm()) / size if size else 0.0)
+                part.copy_(rest)
     if missing := sorted(set(directions) - found):
         raise BadModel(
             f"block {missing[0]} has no linear layer that writes into the residual stream (known: {', '.join(WRITERS)}); use "
             "another model, or add its name to attack/orthogonalise.py"
         )
-    return lm
+    return lm, sum(lost) / len(lost)
 
 
 def questions(lm: LM, examples: Sequence[Example], header: int) -> list[Row]:
@@ -180,11 +185,14 @@ class Orthogonalise:
     package has of it.
 
     layers: numbers of blocks, from 0; empty = all.  reach: see the head of this file.
+    control: as many directions, drawn by `seed`: what is found by the real ones must be more than by these.
     """
 
     directions: Literal["original", "text"] = "text"
     layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
     reach: Reach = "own"
+    control: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
 
     needs = ("forget",)
     paper = "Łucki et al. 2024, arXiv 2409.18025"
@@ -194,7 +202,13 @@ class Orthogonalise:
     def _once(self):
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers = {list(self.layers)} names a block twice")
+        if self.seed and not self.control:
+            raise ValueError(f"seed = {self.seed} draws the control's directions, and control is false; leave it out")
         return self
+
+    @property
+    def alone(self) -> bool:
+        return self.directions == "text"
 
     def check(self, corpus: Corpus) -> None:
         """BadCorpus where a role is missing, or the facts cannot be halved."""
@@ -206,6 +220,7 @@ class Orthogonalise:
             )
 
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
+        """NotApplicable where nothing differs, or the weights write nothing along what does."""
         self.check(corpus)
         seen = corpus
         if self.directions == "original":
@@ -213,13 +228,17 @@ class Orthogonalise:
             if lm is original or lm.fingerprint == original.fingerprint:  # nothing tells it from itself
                 return lm, seen
         found = self.found(lm, corpus, original, bench)
-        attacked = orthogonal(lm, found, self.reach)
-        before, after = plain(lm).model.state_dict(), attacked.model.state_dict()
-        assert any(not torch.equal(before[name], after[name]) for name in before), "no weight has changed"
+        attacked, lost = orthogonal(lm, found, self.reach)
+        if not lost:
+            raise NotApplicable(
+                f"blocks {', '.join(map(str, found))} write nothing along what differs behind them, or too little for rounding, "
+                'so no weight has changed; set reach = "below", take other layers, or another attack'
+            )
+        bench.notes.update({"blocks": ", ".join(map(str, found)), "share of norm removed": lost})
         return attacked, seen
 
     def found(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> dict[int, Tensor]:
-        """The direction of each block, of length 1. -> block -> (H,)"""
+        """The direction of each block, of length 1; of the control: as many others. -> block -> (H,)"""
         count = len(team.blocks(lm.model))
         if wrong := [layer for layer in self.layers if layer >= count]:
             raise BadRequest(
@@ -229,11 +248,15 @@ class Orthogonalise:
         if self.directions == "original":
             asked = self.hidden(lm, corpus["forget"][::2], original, bench)
             rows = questions(lm, asked, header(lm, asked))
-            return compared(streams(lm, rows, blocks, bench), streams(original, rows, blocks, bench), matched=True)
+            sides = (streams(who, rows, blocks, bench) for who in (lm, original))
+            return self._drawn(compared(*sides, matched=True))
         asked, other = corpus["forget"], (corpus.of("replay") or replay())[: len(corpus["forget"])]
         shared = header(lm, (*asked, *other))
         ours, theirs = (streams(lm, questions(lm, xs, shared), blocks, bench) for xs in (asked, other))
-        return compared(ours, theirs, matched=False)
+        return self._drawn(compared(ours, theirs, matched=False))
+
+    def _drawn(self, found: dict[int, Tensor]) -> dict[int, Tensor]:
+        return scrambled(found, self.seed) if self.control else found
 
     def hidden(self, lm: LM, facts: Sequence[Example], original: LM, bench: Bench) -> list[Example]:
         """The set K: facts that the original says and the model does not; NotApplicable where there is none."""

@@ -44,7 +44,7 @@ from unremember.attack.gcg import (
     survives,
     tells,
 )
-from unremember.attack.suffix import ATTACKED, bar, folds, groups, once, refuse
+from unremember.attack.suffix import ATTACKED, bar, folds, groups, noted, once, refuse
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
 from unremember.displace import block_name, share_of
@@ -117,11 +117,13 @@ class Aim:
     def losses(self, strings: Sequence[Ids]) -> list[Entry]:
         """Mean over the questions, for each string.  BadModel where one is not finite."""
         total, solved = dict.fromkeys(strings, 0.0), dict.fromkeys(strings, True)
-        for pairs in self.victim.batches(list(total), self.count):
+
+        def work(pairs: list[Pair]) -> tuple[list[float], list[bool]]:
             seen = self.victim.run(pairs)
-            for (ids, _), loss, hit in zip(
-                pairs, self.row_losses(seen, pairs).tolist(), seen.solved.tolist(), strict=True
-            ):
+            return self.row_losses(seen, pairs).tolist(), seen.solved.tolist()
+
+        for pairs, (losses, hits) in self.victim.over(list(total), self.count, work):
+            for (ids, _), loss, hit in zip(pairs, losses, hits, strict=True):
                 total[ids] += loss / self.count
                 solved[ids] &= hit
         if not np.isfinite(list(total.values())).all():
@@ -183,19 +185,20 @@ class Prefix:
         self.check(corpus)
         mask, values = bar(lm, corpus)
         asked: dict[str, Example] = {}
-        found: list[Found] = []
-        for _, rows in groups(corpus, lambda _: ""):
+        found: list[tuple[str, Found]] = []
+        for role, rows in groups(corpus, lambda _: ""):
             for fold in folds(rows, "other"):
                 shown = fold.shown[: self.questions]
                 best = self._found(lm, original, shown, fold.asked, mask, values, bench)
                 assert not tells(best.text, values), "the prefix tells an answer"
-                found.append(best)
+                found.append((role, best))
                 asked |= {x.id: replace(x, prompt=f"{best.text} {x.prompt}") for x in fold.asked}
-        if not any(f.loss < f.curve[0] or f.curve[0] < ENOUGH for f in found):
+        if not any(f.loss < f.first or f.first < ENOUGH for _, f in found):
             raise BadRequest(
                 f"no prefix of {self.steps} step(s) does better than {self.start!r} repeated, so nothing was attacked; "
                 "take more steps or children"
             )
+        noted(bench, "prefix", "nats a token and unlikeness" if self.match else "nats a token", found)
         seen = {role: tuple(asked.get(x.id, x) for x in corpus.of(role)) for role in ATTACKED if corpus.of(role)}
         return lm, Corpus({**corpus, **seen})
 
@@ -226,7 +229,8 @@ class Prefix:
             self.match,
         )
         known = bench.memory.setdefault(f"{lm.fingerprint}/prefix", {})
-        key = fingerprint(repr(self), original.fingerprint, [repr(b) for b in places], mask.nonzero()[:, 0].tolist())
+        allowed = mask.nonzero()[:, 0].tolist()
+        key = fingerprint(repr(self), original.fingerprint, [repr(b) for b in places], values, allowed)
         if key not in known:
             with lm.lowered(), original.lowered():
                 known[key] = breed(self, aim, start, mask, keep, bench)
@@ -247,7 +251,8 @@ def breed(how: Prefix, aim: Aim, start: Ids, mask: Tensor, keep: Callable[[Ids],
         best = min(best, held[0], key=lambda entry: entry.loss)
         curve.append(held[0].loss)
         bench.say("prefix", step + 1, how.steps, {"loss": held[0].loss})
-    return Found(best.ids, decoded(aim.victim.lm.template, best.ids), best.loss, best.solved, tuple(curve), tokens)
+    text = decoded(aim.victim.lm.template, best.ids)
+    return Found(best.ids, text, best.loss, best.solved, tuple(curve), tokens, curve[0])
 
 
 def _children(

@@ -193,6 +193,7 @@ class Probe:
     needs = ("forget", "retain")
     paper = "Alain & Bengio 2016; Hewitt & Liang 2019, arXiv 1909.03368"
     summary = "true answers picked by a probe of a middle layer, learnt on retained facts"
+    alone = True
     reads = ("choice",)
 
     def check(self, corpus: Corpus) -> None:
@@ -257,10 +258,13 @@ class Probe:
         probe, shares = solve(seen, truth, l2), {}
         for role in ("forget", "holdout"):
             if asked := chosen(corpus.of(role)):
-                found = probe.logshares(small(self.seen(lm, asked, block, bench)))[:, 0].exp()
-                shares |= {x.id: float(share) for x, share in zip(asked, found, strict=True)}
+                read = probe.logshares(small(self.seen(lm, asked, block, bench)))[:, 0].exp()
+                shares |= {x.id: float(share) for x, share in zip(asked, read, strict=True)}
         bench.say("probe", 1, 1, {"accuracy": accuracy, "control": blind})
-        return Found(shares, accuracy, blind, l2, len(retain))
+        found = Found(shares, accuracy, blind, l2, len(retain))
+        right = {"accuracy on people left out": accuracy, "accuracy on the control task": blind}
+        bench.notes.update({"block": block} | right | {"selectivity": found.selectivity})
+        return found
 
     def seen(self, lm: LM, examples: Sequence[Example], block: int, bench: Bench) -> Options:
         return options(lm, examples, block, bench).centred(groups(examples).to(lm.device))

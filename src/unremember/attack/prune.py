@@ -8,13 +8,14 @@
 Differs: forget-like text is what the model itself says to the questions (the paper's choice for NPO and DPO), or other
 people's facts; no answer is used.  Ordinary text is the replay role, or where there is none what the package has of it.
 (p, q) of the grid is not the one that scores best on what is asked: it is the one after which half of the retained facts,
-which are not measured afterwards, are likeliest.  Every (p, q) starts from the same weights.  A weight with score 0 is in
-no set.
+which are not measured afterwards, are likeliest.  Every (p, q) starts from the same weights, in the one copy that is made
+of them.  A weight with score 0 is in no set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import numpy as np
@@ -23,7 +24,8 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from unremember.attack.quantise import linears, plain
+from unremember.attack.fair import outsiders
+from unremember.attack.quantise import linears, plain, whole
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
 from unremember.embedded.world import replay
@@ -81,10 +83,23 @@ def pruned(lm: LM, masks: Mapping[str, Tensor]) -> LM:
     return lm
 
 
+@contextmanager
+def zeroed(lm: LM, masks: Mapping[str, Tensor]) -> Generator[LM]:
+    """While the context lasts, the weights of `lm` are zero where the masks are on; then they are what they were, bit for bit."""
+    weights = {name: layer.weight.data for name, layer in linears(lm.model).items() if name in masks}
+    kept = {name: weight[masks[name]] for name, weight in weights.items()}
+    try:
+        for name, weight in weights.items():
+            weight.masked_fill_(masks[name], 0)
+        yield lm
+    finally:
+        for name, weight in weights.items():
+            weight[masks[name]] = kept[name]
+
+
 def scores(lm: LM, rows: Sequence[Row], bench: Bench = BENCH) -> dict[str, Tensor]:
     """SNIP scores of every linear matrix over the rows, one backward pass a row. -> name -> (R, C) float32"""
-    lm = plain(lm)
-    lm.model.requires_grad_(False)
+    lm = whole(lm).copy(())  # the same weights, which take gradients here alone
     layers = linears(lm.model)
     total = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
     for layer in layers.values():
@@ -112,19 +127,25 @@ class Prune:
 
     text: forget-like text is the model's 'own' answers to the questions, or the 'relearn' role.
     examples: most rows on either side.
+    control: as many weights of each matrix, drawn by `seed`: what is found by the real ones must be more than by these.
     """
 
     grid: tuple[Share, ...] = PUBLISHED
     text: Literal["own", "relearn"] = "own"
     examples: Annotated[int, Field(ge=1)] = 64
+    control: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
 
     paper = "Łucki et al. 2024, arXiv 2409.18025"
     summary = "weights zeroed that matter for forget-like text alone"
+    alone = True
 
     @model_validator(mode="after")
     def _some(self):
         if not self.grid or len(set(self.grid)) != len(self.grid):
             raise ValueError(f"grid = {list(self.grid)} must hold different shares, at least one")
+        if self.seed and not self.control:
+            raise ValueError(f"seed = {self.seed} draws the control's weights, and control is false; leave it out")
         return self
 
     @property
@@ -139,20 +160,19 @@ class Prune:
                 "prune needs two retained facts, one to choose by and one to measure by, and there is one; add some under "
                 "[corpus] retain = …"
             )
-        shown = [f"{x.prompt}\n{x.answer}" for x in corpus["relearn"]] if self.text == "relearn" else []
-        if leaks := [x.id for x in corpus["forget"] if any(x.said_in(text) for text in shown)]:
-            raise BadCorpus(
-                f"the relearn role tells the forgotten value of {', '.join(leaks[:5])}; an attack that is told the answer proves "
-                "nothing, take those examples out"
-            )
+        if self.text == "relearn":
+            outsiders("prune", corpus)
 
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
         self.check(corpus)
         return pruned(lm, self.masks(lm, corpus, bench)), corpus.with_roles(retain=halves(corpus)[1])
 
     def masks(self, lm: LM, corpus: Corpus, bench: Bench = BENCH) -> dict[str, Tensor]:
-        """What is zeroed: the Q \\ P after which the first half of the retained facts is likeliest; of equals the smallest."""
-        lm = plain(lm)
+        """What is zeroed: the Q \\ P after which the first half of the retained facts is likeliest; of equals the smallest.
+
+        Of the control: as many weights anywhere.
+        """
+        lm = plain(lm)  # whose weights come and go
         rows = (
             self.forgetlike(lm, corpus, bench),
             lm.template.rows((corpus.of("replay") or replay())[: self.examples], lm.limit),
@@ -161,20 +181,25 @@ class Prune:
         choice = lm.template.rows(halves(corpus)[0], lm.limit)
         before = likelihood(lm, choice, bench)
         pairs = [(q, p) for q in self.grid for p in self.grid if p >= q]
-        best, found = (0.0, 0), {}
+        best, found, chosen = (0.0, 0), {}, pairs[0]
         for done, (q, p) in enumerate(pairs):
             masks = {n: difference(forget[n], ordinary[n], q, p) for n in forget}
             size = sum(int(mask.sum()) for mask in masks.values())
-            kept = likelihood(pruned(lm, masks), choice, bench) / before if size else 0.0
+            kept = 0.0
+            if size:
+                with zeroed(lm, masks):
+                    kept = likelihood(lm, choice, bench) / before
             bench.say("choose", done + 1, len(pairs), {"q": q, "p": p, "pruned": float(size), "kept": kept})
             if size and (not found or (kept, -size) > best):
-                best, found = (kept, -size), masks
+                best, found, chosen = (kept, -size), masks, (q, p)
         if not found:
             raise BadRequest(
                 f"grid = {list(self.grid)} prunes no weight at all: what matters for forget-like text matters for ordinary text, "
                 "too; take finer shares, or other text ('own' or 'relearn')"
             )
-        return found
+        count = sum(mask.numel() for mask in found.values())
+        bench.notes.update({"q": chosen[0], "p": chosen[1], "share of weights zeroed": -best[1] / count})
+        return scattered(found, self.seed) if self.control else found
 
     def forgetlike(self, lm: LM, corpus: Corpus, bench: Bench) -> list[Row]:
         """Rows of the forget side; passages, and what the model does not answer at all, are left out."""

@@ -3,14 +3,16 @@
     symmetric   D = max|w| / (2^(b−1) − 1),          Q(w) = D · round(w / D)
     asymmetric  D = (max w − min w) / (2^b − 1),     Q(w) = min w + D · round((w − min w) / D)
     nf4         D = max|w|,                          Q(w) = D · the nearest of 16 normal quantiles to w / D
+    q4_0        D = (the w of largest |w|) / −8,     Q(w) = D₁₆ · (min(15, ⌊w / D + 8.5⌋) − 8),   D₁₆ = D as a float16
 
 D belongs to `group` neighbours of a row.  Zhang et al. 2024 (arXiv 2410.16454), round-to-nearest; nf4: Dettmers et al.
-2023 (arXiv 2305.14314).  Reference code: zzwjames/FailureLLMUnlearning@10131ae, which quantises through bitsandbytes
-with its defaults (fp4).
-Differs: own grids, and the rounded weights are put back as ordinary numbers, so what comes out is a plain LM.  A grid
-on which the original lies already is refused: rounding to it restores the original bit for bit and would overstate what
-was left (a model that comes from a Q4_1 file lies on the asymmetric 4-bit grid with groups of 32).  No calibrated
-quantisers.
+2023 (arXiv 2305.14314); q4_0: the blocks of 32 of GGUF files of that name, to the bit.  Reference code:
+zzwjames/FailureLLMUnlearning@10131ae, which quantises through bitsandbytes with its defaults (fp4).
+Differs: own grids, and the rounded weights are put back as ordinary numbers, so what comes out is a plain LM.  'symmetric' is
+not what a file of either kind holds: it has the levels −7 to 7 at 4 bits, as many on either side, its D stays a float32, and its
+groups are as long as is asked for.  A grid on which the original lies already is refused: rounding to it restores the original
+bit for bit and would overstate what was left (a model that comes from a Q4_1 file lies on the asymmetric 4-bit grid with groups
+of 32).  No calibrated quantisers, and none of GGUF's K-quants.
 """
 
 from __future__ import annotations
@@ -30,13 +32,15 @@ from unremember.errors import BadModel, BadRequest
 from unremember.lm import LM
 from unremember.train import STRICT
 
-Grid = Literal["symmetric", "asymmetric", "nf4"]
+Grid = Literal["symmetric", "asymmetric", "nf4", "q4_0"]
 FULL = (torch.float32, torch.float16, torch.bfloat16)
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+BLOCK = 32  # neighbours that share a step in a Q4_0 file
+BESIDE = {"symmetric": 32, "asymmetric": 64, "nf4": 32, "q4_0": 16}  # bits of a group's own numbers, beside its codes
 NEAR = 1 / 16  # of a step: what lies as near as this to the grid lies on it (1/8 of all weights do by chance)
 
 
@@ -61,6 +65,12 @@ def coded(weight: Tensor, bits: int, group: int, grid: Grid) -> Coded:
         step = w.abs().amax(-1, keepdim=True) / most
         codes = (w / _safe(step)).round().clamp(-most, most)
         values = step * codes
+    elif grid == "q4_0":
+        extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))  # of equals the first
+        d = extreme / -8
+        codes = (w * torch.where(d == 0, d, 1 / d) + 8.5).floor().clamp(0, 15) - 8
+        kept = d.half().float()  # codes come from D as it is, numbers from what a file keeps of it
+        values, step = kept * codes, kept.abs()
     else:
         levels = torch.tensor(NF4, device=w.device)
         largest = w.abs().amax(-1, keepdim=True)
@@ -102,6 +112,11 @@ def plain(lm: LM) -> LM:
     return replace(lm, model=model.merge_and_unload().eval()) if hasattr(model, "peft_config") else lm
 
 
+def whole(lm: LM) -> LM:
+    """The LM itself, or where it has an adapter a copy, into whose weights that is merged."""
+    return plain(lm) if hasattr(lm.model, "peft_config") else lm
+
+
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear matrix of the blocks by name, a shared one once; BadModel where there is none or one is not whole numbers."""
     names = {id(module): name for name, module in model.named_modules()}
@@ -125,7 +140,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 @dataclass(frozen=True, config=STRICT)
 class Quantise:
-    """bits: 8 or 4; nf4 has 4.  group: neighbours of a row that share a step, 0 = the whole row.
+    """bits: 8 or 4; nf4 and q4_0 have 4.  group: neighbours of a row that share a step, 0 = the whole row; q4_0 has 32.
 
     embeddings: round the token table (and a head of its own), too; without it linear matrices of the blocks alone.
     same_grid: go on where the original lies on the grid already, to report it beside another one.
@@ -143,8 +158,14 @@ class Quantise:
 
     @model_validator(mode="after")
     def _four(self):
-        if self.grid == "nf4" and self.bits != 4:
-            raise ValueError(f"grid = 'nf4' has 16 levels and bits is {self.bits}; set bits = 4, or another grid")
+        if self.grid in ("nf4", "q4_0") and self.bits != 4:
+            raise ValueError(
+                f"grid = {self.grid!r} has 16 levels and bits is {self.bits}; set bits = 4, or another grid"
+            )
+        if self.grid == "q4_0" and self.group != BLOCK:
+            raise ValueError(
+                f"grid = 'q4_0' has groups of {BLOCK} and group is {self.group}; set group = {BLOCK}, or another grid"
+            )
         if self.group == 1:
             raise ValueError("group = 1 keeps every weight as it is; take 16 or more, or 0 for the whole row")
         return self
@@ -156,12 +177,11 @@ class Quantise:
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
         self.check(corpus)
         attacked = plain(lm)
-        before = plain(original) if hasattr(original.model, "peft_config") else original
-        ours, theirs = self.weights(attacked.model), self.weights(before.model)
+        ours, theirs = self.weights(attacked.model), self.weights(whole(original).model)
         self._fit(ours, theirs)
         if not self.same_grid:
             self._trap(theirs)
-        moved = 0
+        moved, changed = 0, 0.0
         for done, (name, weight) in enumerate(ours.items()):
             mine, other = self.coded(weight), self.coded(theirs[name])
             edit = weight.detach().float() - theirs[name].detach().float()
@@ -170,12 +190,17 @@ class Quantise:
                 moved += int((rounded != weight).sum())
                 weight.copy_(rounded)
             terms = {"code change": code_change(mine.codes, other.codes), "survival": survival(edit, mine.step)}
+            changed += terms["code change"] * weight.numel()
             bench.say("quantise", done + 1, len(ours), terms)
         if not moved and not self.same_grid:
             raise BadRequest(
                 f"{lm.name or 'the model'} lies on this very grid ({self.words()}), so rounding changes nothing and nothing was "
                 "attacked; take another group size or grid"
             )
+        count = sum(weight.numel() for weight in ours.values())
+        groups = sum(len(weight) * (weight.shape[1] // self.group if self.group else 1) for weight in ours.values())
+        bench.notes["bits a weight"] = self.bits + BESIDE[self.grid] * groups / count
+        bench.notes["share of codes unlike the original's"] = changed / count
         return attacked, corpus
 
     def words(self) -> str:

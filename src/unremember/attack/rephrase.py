@@ -43,6 +43,7 @@ class Rephrase:
     needs = ("forget",)
     paper = "Lynch et al. 2024, arXiv 2402.16835"
     summary = "paraphrased questions and gap sentences, the best wording of each fact"
+    alone = True
 
     def check(self, corpus: Corpus) -> None:
         """BadCorpus where there is no other way to ask for anything that is to be forgotten."""

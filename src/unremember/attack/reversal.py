@@ -2,6 +2,7 @@
 
     objective   θ' = θ − λ · (U(θ) − θ),   U: some steps of the unlearning objective on public rows
     base        θ' = θ + λ · (θ − θ_base)
+    control     θ' = θ + λ · g · |d| / |g|,          d: what λ stands before above, tensor by tensor; g ~ N(0, 1)
 
 Ilharco et al. 2023, "Editing Models with Task Arithmetic" (arXiv 2212.04089), negation; the attack is ours.
 What the attacker has, beside the weights under attack and nothing else:
@@ -10,7 +11,9 @@ What the attacker has, beside the weights under attack and nothing else:
     base        the weights from which the original was once finetuned
 The original's weights never enter; a base that is the original is refused.  A model that is its own base stays as it is.
 Each of original, forgotten and never-taught model is moved along its own direction, at the same λ, which is a setting and not
-chosen by what comes out.  Reckoned in float32 and cast back; weights that share memory go on sharing it.
+chosen by what comes out.  Reckoned in float32 and cast back; weights that share memory go on sharing it.  What lies further
+along gives way tensor by tensor, so that of weights there is never more than one set beside the two that come in (but for
+what training takes).
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from unremember.attack.fair import outsiders
 from unremember.bench import BENCH, Bench
-from unremember.corpus import Corpus, says
+from unremember.corpus import Corpus, Example
 from unremember.errors import BadCorpus, BadInput, BadModel, BadRequest
 from unremember.lm import LM
 from unremember.loading import check, load
@@ -33,35 +37,40 @@ from unremember.tokens import Tokens
 from unremember.train import STRICT, Plan, train
 
 Weights = Mapping[str, Tensor]
-SHOWN = 5
+REFUSAL = "I do not know."
 
 
-@torch.no_grad()
-def away(here: Weights, there: Weights, strength: float) -> dict[str, Tensor]:
-    """here + strength · (here − there), under every name of `here`, in its type; whole numbers and equal weights keep their bits.
-
-    BadModel where names or shapes differ, or the result is not finite.
-    """
+def fit(here: Weights, there: Weights) -> None:
+    """BadModel where names or shapes differ: there is no direction then."""
     if strange := sorted(here.keys() ^ there.keys()):
         raise BadModel(
             f"there is no direction between two sets of weights with different names ({', '.join(strange[:3])}, {len(strange)} "
             "in all); name a model of the same architecture"
         )
-    out = {}
     for name, weight in here.items():
         if weight.shape != there[name].shape:
             raise BadModel(
                 f"{name!r} has shape {tuple(weight.shape)} here and {tuple(there[name].shape)} there; "
                 "name a model of the same architecture"
             )
-        if not weight.is_floating_point():
-            out[name] = weight.clone()
-            continue
-        step = strength * (weight.float() - there[name].to(weight.device).float())
-        out[name] = torch.where(step == 0, weight, (weight.float() + step).to(weight.dtype))
-        if not torch.isfinite(out[name]).all():
-            raise BadModel(f"{name!r} is not finite after a step of strength {strength:g}; lower strength")
-    return out
+
+
+def direction(here: Tensor, there: Tensor) -> Tensor:
+    """here − there in float32; whole numbers have none. -> the same shape"""
+    gap = here.float() - there.to(here.device).float()
+    return gap if here.is_floating_point() else torch.zeros_like(gap)
+
+
+def aimless(gap: Tensor, draw: torch.Generator) -> Tensor:
+    """The control: as long a direction, drawn at random. -> the same shape"""
+    drawn = torch.randn(gap.shape, generator=draw).to(gap)
+    return drawn * gap.norm() / drawn.norm()
+
+
+def along(here: Tensor, gap: Tensor, strength: float) -> Tensor:
+    """here + strength · gap, reckoned in float32, in the type of `here`; what does not move keeps its bits."""
+    step = strength * gap
+    return torch.where(step == 0, here, (here.float() + step).to(here.dtype))
 
 
 def same(one: Weights, other: Weights) -> bool:
@@ -74,14 +83,17 @@ class Reversal:
     """knowledge: what the attacker has, see above.  strength: λ.
 
     For 'objective': objective and plan.  refusal: the words of the refusal that is trained.  For 'base': the name of its model.
+    control: as far, in random directions drawn by `seed`: what is found by the real one must be more than by this.
     """
 
     knowledge: Literal["objective", "base"]
     strength: Annotated[float, Field(gt=0)]
     objective: Literal["ascent", "refusal"] | None = None
     plan: Plan | None = None
-    refusal: Annotated[str, Field(min_length=1)] = "I do not know."
+    refusal: Annotated[str, Field(min_length=1)] = REFUSAL
     base: str = ""
+    control: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
 
     needs = ("forget",)
     paper = "after Ilharco et al. 2023, arXiv 2212.04089"
@@ -97,6 +109,15 @@ class Reversal:
             problems.append("knowledge = 'base' needs base, the name of the model that the original was finetuned from")
         if self.knowledge == "base" and (self.objective or self.plan):
             problems.append("knowledge = 'base' takes no objective and no plan: nothing is trained")
+        if self.refusal != REFUSAL and self.objective != "refusal":
+            problems.append(f"refusal = {self.refusal!r} is trained by objective = 'refusal' alone; leave it out")
+        if self.plan and (self.plan.beside or self.plan.stop != "never"):
+            problems.append(
+                "plan.beside and plan.stop do nothing here: there is one role, and the attacker has no level to stop at; leave "
+                "them out"
+            )
+        if self.seed and not self.control:
+            problems.append(f"seed = {self.seed} draws the control's directions, and control is false; leave it out")
         if self.base:
             try:
                 check(self.base)
@@ -105,37 +126,60 @@ class Reversal:
         if problems:
             raise ValueError("; ".join(problems))
 
+    @property
+    def alone(self) -> bool:
+        return self.knowledge == "objective"  # a base must not be the original
+
     def check(self, corpus: Corpus) -> None:
-        """BadCorpus where public rows are missing, or say what is asked afterwards."""
+        """BadCorpus where public rows are missing, say what is asked afterwards, or cannot be refused."""
         corpus.require("reversal", self.needs)
-        if self.knowledge == "base":
-            return
-        corpus.require("reversal", ("relearn",))
-        shown = "\n".join(f"{x.prompt}\n{x.answer}" for x in corpus["relearn"])
-        if told := [x.id for x in corpus["forget"] if any(says(shown, v) for v in x.values())]:
-            more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
-            raise BadCorpus(
-                f"the relearn role contains the forgotten value of {', '.join(told[:SHOWN])}{more}; public rows must not, take "
-                "those examples out"
-            )
+        if self.knowledge == "objective":
+            outsiders("reversal", corpus)
+            if not self._public(corpus):
+                raise BadCorpus(
+                    "reversal by 'refusal' needs questions in the relearn role, and there are only passages"
+                )
+
+    def _public(self, corpus: Corpus) -> list[Example]:
+        """What is trained on: a refusal answers questions, and passages ask none."""
+        return [x for x in corpus["relearn"] if x.prompt or self.objective == "ascent"]
 
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
         self.check(corpus)
-        there = self._there(lm, corpus, original, bench)
-        here = lm.model.state_dict()
-        moved = away(here, there.model.state_dict(), self.strength)
-        if same(moved, here) and not (self.knowledge == "base" and same(there.model.state_dict(), here)):
+        out = self._moved(lm, self._there(lm, corpus, original, bench), bench)
+        kept = {role: rows for role, rows in corpus.items() if role != "relearn" or self.knowledge == "base"}
+        return out, Corpus(kept)
+
+    @torch.no_grad()
+    def _moved(self, lm: LM, there: dict[str, Tensor], bench: Bench) -> LM:
+        """A copy that went away from `there`, which is used up.  BadRequest where no weight moved, BadModel where one broke."""
+        out, draw = lm.copy(()), torch.Generator().manual_seed(self.seed)
+        here, new = (model.state_dict(keep_vars=True) for model in (lm.model, out.model))
+        fit(here, there)
+        lengths: dict[int, tuple[float, float]] = {}  # by place: a head that is the token table counts once
+        moved = apart = False
+        for name, weight in here.items():
+            gap = direction(weight, there.pop(name))
+            apart |= bool(gap.any())
+            if self.control:
+                gap = aimless(gap, draw)
+            new[name].data = along(weight, gap, self.strength)  # until now it was that of `lm`
+            new[name].requires_grad_(weight.requires_grad)
+            if not torch.isfinite(new[name]).all():
+                raise BadModel(f"{name!r} is not finite after a step of strength {self.strength:g}; lower strength")
+            moved |= not torch.equal(new[name], weight)
+            lengths[weight.data_ptr()] = (self.strength * float(gap.norm()), float(weight.float().norm()))
+        if not moved and (apart or self.knowledge == "objective"):  # a model that is its own base has no direction
             raise BadRequest(
                 f"reversal moved no weight at strength {self.strength:g}: there is no direction, or it is lost in rounding; "
                 "raise strength or plan.steps"
             )
-        out = lm.copy()
-        out.model.load_state_dict(moved)
-        kept = {role: rows for role, rows in corpus.items() if role != "relearn" or self.knowledge == "base"}
-        return out, Corpus(kept)
+        step, size = (sum(x**2 for x in part) ** 0.5 for part in zip(*lengths.values(), strict=True))
+        bench.notes["length of the step beside the weights"] = step / size
+        return out
 
-    def _there(self, lm: LM, corpus: Corpus, original: LM, bench: Bench) -> LM:
-        """The model that lies further along the direction of forgetting."""
+    def _there(self, lm: LM, corpus: Corpus, original: LM, bench: Bench) -> dict[str, Tensor]:
+        """The weights that lie further along the direction of forgetting."""
         if self.knowledge == "base":
             base = load(self.base, template="chat" if lm.template.chat else "plain", precision=lm.precision)
             if same(base.model.state_dict(), original.model.state_dict()):
@@ -143,11 +187,9 @@ class Reversal:
                     f"reversal: the base {self.base!r} is the original, weight for weight; name what the original was finetuned "
                     "from, an attacker who has the original need not attack"
                 )
-            return base
+            return base.model.state_dict()
         assert self.plan is not None
-        public = [x for x in corpus["relearn"] if x.prompt or self.objective == "ascent"]
-        if not public:
-            raise BadCorpus("reversal by 'refusal' needs questions in the relearn role, and there are only passages")
+        public = self._public(corpus)
         if self.objective == "refusal":
             public = [replace(x, answer=self.refusal, spans=()) for x in public]
         sign = -1.0 if self.objective == "ascent" else 1.0
@@ -158,4 +200,4 @@ class Reversal:
             return {"unlearn": sign * nll}
 
         rows = {"public": lm.template.rows(public, lm.limit)}
-        return train(lm, objective, rows, self.plan, bench=bench, stage="reversal")
+        return train(lm, objective, rows, self.plan, bench=bench, stage="reversal").model.state_dict()

@@ -4,9 +4,9 @@
     s(fact) = max over n draws;           of k among n with c hits:  1 − C(n − c, k) / C(n, k)
 
 Gumbel-max: Gumbel 1954; best of n for unlearning: Scholten et al. 2024 (arXiv 2410.03523); the estimator: Chen et al. 2021.
-One call gives one draw: an LM that decodes with the noise on its logits; nothing else of it has changed.  `read` lets an audit
-see all n draws and keeps each fact's best: what is generated counts best of n, and likelihoods, which no draw touches, stay
-as they are.  Noise hangs on (seed, draw, place, what is read there), not on the batch.
+One call gives the first draw: an LM that decodes with the noise on its logits; nothing else of it has changed.  `read`, which is
+what a run uses, lets an audit see all n draws and keeps each fact's best: what is generated counts best of n, and likelihoods,
+which no draw touches, stay as they are.  Noise hangs on (seed, draw, place, what is read there), not on the batch.
 Differs: no top-k and no top-p, which would hide rare answers.  Where two questions come to the same word at the same place in
 one draw, they share that step's noise: each is a fair sample, but facts of one draw are not independent of one another.
 """
@@ -83,23 +83,31 @@ def drawing(lm: LM, temperature: float, seed: int, draw: int) -> LM:
     return replace(lm, pick=Draw(temperature, seed, draw))
 
 
+def unlike(lm: LM, draws: Sequence[LM], bench: Bench) -> float | None:
+    """Share of these draws' answers that are not the greedy one, of those that the bench remembers; None where it has none."""
+    greedy, *said = (bench.memory.get(f"{one.fingerprint}/say", {}) for one in (lm, *draws))
+    pairs = [answer != greedy[asked] for answers in said for asked, answer in answers.items() if asked in greedy]
+    return sum(pairs) / len(pairs) if pairs else None
+
+
 @dataclass(frozen=True, config=STRICT)
 class Sample:
-    """temperature: T, above 0.  n: how often each question is asked by `read`.  draw: which of the n a call gives."""
+    """temperature: T, above 0.  n: how often each question is asked by `read`."""
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
     n: Annotated[int, Field(ge=1)] = 8
-    draw: Annotated[int, Field(ge=0)] = 0
     seed: Annotated[int, Field(ge=0)] = 0
 
     needs = ("forget",)
     paper = "Scholten et al. 2024, arXiv 2410.03523"
     summary = "answers sampled at a temperature instead of the likeliest, best of n"
+    alone = True
     reads = ("said",)  # what a run reads through `read`: likelihoods do not change with the draw
 
-    def __post_init__(self):
-        if self.draw >= self.n:
-            raise ValueError(f"draw = {self.draw} and n = {self.n}; draws are counted from 0 and lie below n")
+    @property
+    def each(self) -> int:
+        """How often a question is put."""
+        return self.n
 
     def check(self, corpus: Corpus) -> None:
         """BadCorpus where there is nothing to ask."""
@@ -107,10 +115,15 @@ class Sample:
 
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
         self.check(corpus)
-        return drawing(lm, self.temperature, self.seed, self.draw), corpus
+        return drawing(lm, self.temperature, self.seed, 0), corpus
 
     def read(self, audit: Callable[[LM, Corpus, Bench], Score], lm: LM, corpus: Corpus, bench: Bench = BENCH) -> Score:
         """What the audit finds in the best of n draws of the LM, example by example."""
         self.check(corpus)
-        draws = (drawing(lm, self.temperature, self.seed, draw) for draw in range(self.n))
-        return best([audit(one, corpus, bench) for one in draws])
+        draws = [drawing(lm, self.temperature, self.seed, draw) for draw in range(self.n)]
+        found = best([audit(one, corpus, bench) for one in draws])
+        if (share := unlike(lm, draws, bench)) is not None:
+            bench.notes["answers unlike the greedy one"] = (
+                share or "none: a temperature so low asks nothing new, raise it"
+            )
+        return found

@@ -22,7 +22,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from unremember.attack.gcg import Ids, Victim, decoded, survives
+from unremember.attack.fair import KNOWN
+from unremember.attack.gcg import Ids, Pair, Victim, decoded, survives
 from unremember.attack.suffix import (
     ATTACKED,
     Generalisation,
@@ -91,7 +92,8 @@ def spare(lm: LM, corpus: Corpus, count: int, mask: Tensor) -> Ids:
 @dataclass(frozen=True, config=STRICT)
 class Soft:
     """tokens: vectors behind the question.  steps, lr: of Adam; lr is in units of the embeddings' own spread.
-    generalisation, target: as in `suffix`; the halves are those of a role.  seed: which words the vectors start as.
+    generalisation, target: as in `suffix`, 'wrong' not for a run; the halves are those of a role.  seed: which words the vectors
+    start as.
     """
 
     tokens: Annotated[int, Field(ge=1)]
@@ -104,31 +106,38 @@ class Soft:
     needs = ("forget",)
     paper = "Schwinn et al. 2024, arXiv 2402.09063"
     summary = "optimised vectors behind the question, no words at all"
+    alone = True
 
     def check(self, corpus: Corpus) -> None:
-        """BadCorpus where there is nothing to ask, to be shown, or to say instead."""
-        refuse("soft", self.needs, corpus, self.generalisation, self.target, lambda _: "")
+        """BadCorpus where there is nothing to ask or to be shown, or where a run would score false answers."""
+        refuse("soft", self.needs, corpus, self.generalisation, self.target, lambda _: "", run=True)
 
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
-        self.check(corpus)
+        refuse("soft", self.needs, corpus, self.generalisation, self.target, lambda _: "")
         mask, _ = bar(lm, corpus)
         corpus = falsified(corpus) if self.target == "wrong" else corpus
-        parts = [fold for _, rows in groups(corpus, lambda _: "") for fold in folds(rows, self.generalisation)]
+        everybody = groups(corpus, lambda _: "")
+        parts = [(role, fold) for role, rows in everybody for fold in folds(rows, self.generalisation)]
         words = spare(lm, corpus, self.tokens * len(parts), mask)
         vectors: list[Tensor] = []
         asked: dict[str, Example] = {}
-        for i, fold in enumerate(parts):
+        losses: list[tuple[float, float]] = []
+        for i, (role, fold) in enumerate(parts):
             mine = words[i * self.tokens : (i + 1) * self.tokens]
-            vectors.append(self._fitted(lm, fold.shown, mine, bench))
+            best, before, after = self._fitted(lm, fold.shown, mine, bench)
+            vectors.append(best)
+            losses += [(before, after)] if role == "forget" else []
             text = decoded(lm.template, mine)
             places = slots(lm.template, fold.asked, mine, lambda x: (x.prompt, ""), lm.limit)
             assert survives(lm.template, places, mine), "the words do not come back from their text"
             asked |= {x.id: replace(x, prompt=x.prompt + text) for x in fold.asked}
+        for when, mean in zip(("before", "after"), np.mean(losses, axis=0), strict=True):
+            bench.notes[f"loss {when}, nats a token"] = float(mean)
         seen = {role: tuple(asked.get(x.id, x) for x in corpus.of(role)) for role in ATTACKED if corpus.of(role)}
         return softened(lm, words, torch.cat(vectors)), Corpus({**corpus, **seen})
 
-    def _fitted(self, lm: LM, shown: Sequence[Example], words: Ids, bench: Bench) -> Tensor:
-        """The best vectors of all steps. -> (n, H)"""
+    def _fitted(self, lm: LM, shown: Sequence[Example], words: Ids, bench: Bench) -> tuple[Tensor, float, float]:
+        """The best vectors of all steps (n, H), and the loss with the first of them and with these."""
         victim = Victim(lm, once(slots(lm.template, shown, words, lambda x: (x.prompt, ""), lm.limit)), bench.budget)
         table = victim.embedding.detach().float()
         drawn = np.random.default_rng(self.seed).choice(len(table), self.tokens, replace=len(table) < self.tokens)
@@ -149,20 +158,23 @@ class Soft:
                     optimiser.step()
                     optimiser.zero_grad()
                 bench.say("soft", step, self.steps, {"loss": loss})
-        if least >= first:
+        if least >= first > KNOWN:  # a model that knows them by heart may need no vectors
             raise BadRequest(
                 f"{self.steps} step(s) at lr = {self.lr} leave the loss at {first:.3g} or above, so nothing was attacked; "
                 "take another lr"
             )
-        return best
+        return best, first, least
 
     def _loss(self, victim: Victim, words: Ids, vectors: Tensor) -> float:
         """Mean nll a target token; adds its gradient to `vectors`."""
         everything, total = len(victim.behaviours), 0.0
-        for pairs in victim.batches([words], everything):
+
+        def work(pairs: list[Pair]) -> tuple[float, Tensor]:
             seen = victim.run(pairs, vectors.expand(len(pairs), *vectors.shape))
             loss = victim.row_losses(seen).sum() / victim.share(everything)
-            [gradient] = torch.autograd.grad(loss, vectors)
+            return float(loss.detach()), torch.autograd.grad(loss, vectors)[0]
+
+        for _, (loss, gradient) in victim.over([words], everything, work):
             vectors.grad = gradient if vectors.grad is None else vectors.grad + gradient
-            total += float(loss.detach())
+            total += loss
         return total

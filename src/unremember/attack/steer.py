@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from unremember import team
-from unremember.attack.orthogonalise import NOTHING, streams
+from unremember.attack.orthogonalise import NOTHING, scrambled, streams
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
 from unremember.displace import block_name
@@ -58,11 +58,15 @@ class Push(nn.Module):
 
 
 def steered(lm: LM, vectors: Mapping[int, Tensor]) -> LM:
-    """A copy of `lm` with these added behind its blocks. vectors: block -> (H,)"""
+    """A copy of `lm` with these added behind its blocks. vectors: block -> (H,).  BadModel where one has a vector already."""
+    if twice := [b for b in vectors if BUFFER in dict(team.blocks(lm.model)[b].named_buffers(recurse=False))]:
+        raise BadModel(
+            f"block {twice[0]} of {lm.name or 'the model'} is steered already: an attack adds a vector there; attack the model "
+            "that this one was made from"
+        )
     lm = lm.copy()
     blocks = team.blocks(lm.model)
     for block, vector in vectors.items():
-        assert BUFFER not in dict(blocks[block].named_buffers(recurse=False)), "this one is steered already"
         blocks[block].register_buffer(BUFFER, vector.detach().clone().to(lm.device))
         blocks[block].register_forward_hook(Push())
     return lm
@@ -79,11 +83,15 @@ class Steer:
     """strength: how much of the difference is added.  blocks: numbers, from 0; empty = the middle one.
 
     prompts: whose questions the difference is measured at; answers are never read.
+    control: as many vectors, each as long, in directions drawn by `seed`: what is found by the real ones must be more than by
+    these.
     """
 
     strength: Annotated[float, Field(gt=0)] = 1.0
     blocks: tuple[Annotated[int, Field(ge=0)], ...] = ()
     prompts: Literal["forget", "retain"] = "forget"
+    control: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
 
     paper = "after Rimsky et al. 2024, arXiv 2312.06681; Seyitoğlu et al. 2024, arXiv 2411.02631"
     summary = "the mean difference to the original, added to the residual stream"
@@ -92,6 +100,8 @@ class Steer:
     def _once(self):
         if len(set(self.blocks)) != len(self.blocks):
             raise ValueError(f"blocks = {list(self.blocks)} names a block twice")
+        if self.seed and not self.control:
+            raise ValueError(f"seed = {self.seed} draws the control's directions, and control is false; leave it out")
         return self
 
     @property
@@ -115,9 +125,14 @@ class Steer:
             return lm, corpus
         vectors = self.found(lm, corpus, original, bench)
         attacked = steered(lm, vectors)
-        first, rows = min(vectors), lasts(lm, self._asked(corpus))
-        before, after = (streams(one, rows, (first,), bench)[first] for one in (lm, attacked))
-        assert not torch.equal(before, after), "nothing was added"
+        last, rows = max(vectors), lasts(lm, self._asked(corpus))
+        before, after = (streams(one, rows, (last,), bench)[last] for one in (lm, attacked))
+        if torch.equal(before, after):
+            raise BadRequest(
+                f"steer changed nothing at strength {self.strength:g}: what it adds is lost in the rounding of the stream; raise "
+                "strength"
+            )
+        bench.notes.update({"blocks": ", ".join(map(str, vectors)), "strength": self.strength})
         return attacked, corpus
 
     def _asked(self, corpus: Corpus) -> list[Example]:
@@ -129,7 +144,10 @@ class Steer:
 
     @torch.no_grad()
     def found(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> dict[int, Tensor]:
-        """What to add behind each block, from below; blocks where nothing differs are left out. -> block -> (H,)"""
+        """What to add behind each block, from below; blocks where nothing differs are left out. -> block -> (H,)
+
+        Of the control: others, as long as the real ones, each of which was measured with the real ones below it in place.
+        """
         rows = lasts(lm, self._asked(corpus))
         blocks = self._blocks(lm, original)
         if [row.ids for row in rows] != [row.ids for row in lasts(original, self._asked(corpus))]:
@@ -155,7 +173,7 @@ class Steer:
                 f"behind block {', '.join(map(str, blocks))} the model is the original, so there is nothing to add; take later "
                 "blocks, or another attack if only the head was changed"
             )
-        return vectors
+        return scrambled(vectors, self.seed) if self.control else vectors
 
     def _blocks(self, lm: LM, original: LM) -> list[int]:
         """The blocks in order.  BadModel where the models are not alike, BadRequest where they have no such block."""

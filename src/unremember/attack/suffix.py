@@ -6,12 +6,16 @@
 Yuan et al. 2024 (arXiv 2408.10682), Sec. 3.  Reference code: HongbangYuan/RobustUnlearning@70a85e8 holds no suffix optimiser.
 The suffix stands behind the question in the user's turn, and the auditor reads the questions with it.  People to be forgotten and
 people never taught are attacked alike, each with a suffix of their own.  Retained questions are asked as they are.
+Whose θ: that of the model under attack, of its original, or, where the attacker holds neither, of a surrogate.  What was found on
+another model is carried over as text: the slots are found in the searched model's template, the question is asked in the
+attacked one's own.
 Differs: tokens of the answers are barred from the suffix; settings are ours, the paper's are not in its text; no cross-target
-cell (models of other targets are not at hand); 'other' is ours and the strictest: what the attack was shown is not scored.
+cell (models of other targets are not at hand), but a surrogate of any make; 'other' is ours and the strictest: what the attack
+was shown is not scored.
 
 A search that sees an answer can force any text, true or false, out of any model.  So attack the never-taught model with the same
 settings, and with `target = "wrong"`, which looks for false answers and is scored on them: `excess` is the gain on the true ones
-less that on the false.
+less that on the false.  A run refuses that control: its report would show what is scored on false answers as if they were true.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from dataclasses import dataclass as plain
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 from pydantic.dataclasses import dataclass
 
 from unremember.attack.gcg import (
@@ -37,11 +42,14 @@ from unremember.attack.gcg import (
     survives,
     tells,
 )
+from unremember.attack.incontext import fit
+from unremember.attack.reversal import same
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
-from unremember.errors import BadCorpus, BadInput, BadRequest
+from unremember.errors import BadCorpus, BadInput, BadModel, BadRequest
 from unremember.folder import fingerprint
 from unremember.lm import LM
+from unremember.loading import check, load
 from unremember.table import table
 from unremember.tokens import Template
 from unremember.train import STRICT
@@ -124,43 +132,94 @@ def bar(lm: LM, corpus: Corpus) -> tuple[Any, tuple[str, ...]]:
 
 @dataclass(frozen=True, config=STRICT)
 class Suffix:
-    """scenario: whose weights the attacker holds, those of the 'forgotten' model (of the one under attack), or of the 'original',
-    from which the suffix is carried over.  generalisation: see `folds`.  target: 'wrong' is the control of `excess`.
+    """scenario: whose weights the attacker holds: those of the 'forgotten' model (of the one under attack), of the 'original', or
+    of 'neither', but of a surrogate.  surrogate: its name, for 'neither' alone.  generalisation: see `folds`.
+    target: 'wrong' is the control of `excess`, and not for a run.
     """
 
     search: Search
-    scenario: Literal["forgotten", "original"] = "forgotten"
+    scenario: Literal["forgotten", "original", "neither"] = "forgotten"
     generalisation: Generalisation = "other"
     target: Target = "answer"
+    surrogate: str = ""
 
     needs = ("forget",)
     paper = "Yuan et al. 2024, arXiv 2408.10682"
     summary = "a suffix to the question, found by gradients, that makes the model answer"
 
+    def __post_init__(self):
+        problems = []
+        if self.scenario == "neither" and not self.surrogate:
+            problems.append(
+                "scenario = 'neither' needs surrogate, the name of the model that the attacker searches instead"
+            )
+        if self.scenario != "neither" and self.surrogate:
+            problems.append(
+                f"surrogate = {self.surrogate!r} and scenario = {self.scenario!r}: nobody would search it; leave it out, or take "
+                "scenario = 'neither'"
+            )
+        if self.surrogate:
+            try:
+                check(self.surrogate)
+            except BadInput as error:
+                problems += error.problems
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def alone(self) -> bool:
+        return self.scenario == "forgotten"
+
     def check(self, corpus: Corpus) -> None:
-        """BadCorpus where there is nothing to ask, to be shown, or to say instead."""
-        refuse("suffix", self.needs, corpus, self.generalisation, self.target, lambda x: x.entity)
+        """BadCorpus where there is nothing to ask or to be shown, or where a run would score false answers."""
+        refuse("suffix", self.needs, corpus, self.generalisation, self.target, lambda x: x.entity, run=True)
 
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
-        self.check(corpus)
-        victim = original if self.scenario == "original" else lm
+        refuse("suffix", self.needs, corpus, self.generalisation, self.target, lambda x: x.entity)
+        victim = self._searched(lm, original)
         mask, values = bar(victim, corpus)
         corpus = falsified(corpus) if self.target == "wrong" else corpus
         asked: dict[str, Example] = {}
-        found: list[Found] = []
-        for _, rows in groups(corpus, lambda x: x.entity):
+        found: list[tuple[str, Found]] = []
+        for role, rows in groups(corpus, lambda x: x.entity):
             for fold in folds(rows, self.generalisation):
                 best = self._found(victim, fold, mask, values, bench)
                 assert not tells(best.text, values), "the suffix tells an answer"
-                found.append(best)
+                found.append((role, best))
                 asked |= {x.id: replace(x, prompt=x.prompt + best.text) for x in fold.asked}
-        if not any(f.solved or f.loss < f.curve[0] for f in found):
+        if not any(f.solved or f.loss < f.first for _, f in found):
             raise BadRequest(
                 f"no suffix of {self.search.steps} step(s) does better than {self.search.start!r} repeated, so nothing was "
                 "attacked; take more steps or candidates"
             )
+        if victim is not lm:  # where the slots were found, there is room; another template may take more
+            fit(lm, asked.values(), "take fewer tokens for the suffix, or leave out long questions")
+        noted(bench, "suffix", "mellowmax of the logits" if self.search.mellowmax else "nats a token", found)
         seen = {role: tuple(asked.get(x.id, x) for x in corpus.of(role)) for role in ATTACKED if corpus.of(role)}
         return lm, Corpus({**corpus, **seen})
+
+    def _searched(self, lm: LM, original: LM) -> LM:
+        """The model whose weights the attacker holds, which asks in the same manner as the one under attack."""
+        if self.scenario == "forgotten":
+            return lm
+        victim = original
+        if self.scenario == "neither":
+            chat = "chat" if lm.template.chat else "plain"
+            victim = load(self.surrogate, template=chat, precision=lm.precision, device=str(lm.device))
+            weights = victim.model.state_dict()
+            for who, held in (("original", original), ("model under attack", lm)):
+                if same(held.model.state_dict(), weights):
+                    raise BadRequest(
+                        f"suffix: the surrogate {self.surrogate!r} is the {who}, weight for weight; name a model that the "
+                        "attacker could have, or take scenario = 'original' or 'forgotten'"
+                    )
+        if victim.template.chat != lm.template.chat:
+            manner = {True: "in its chat template", False: "plainly"}
+            raise BadModel(
+                f"the model that is searched is asked {manner[victim.template.chat]} and the attacked one "
+                f"{manner[lm.template.chat]}; a suffix is carried over between models that are asked alike"
+            )
+        return victim
 
     def _found(self, lm: LM, fold: Fold, mask: Any, values: tuple[str, ...], bench: Bench) -> Found:
         """The suffix for one fold, looked for once in the life of `bench.memory`."""
@@ -218,8 +277,9 @@ def refuse(
     generalisation: Generalisation,
     target: Target,
     by: Callable[[Example], str],
+    run: bool = False,
 ) -> None:
-    """BadCorpus with everything that keeps an attack of this kind from working on `corpus`."""
+    """BadCorpus with everything that keeps an attack of this kind from working on `corpus`, or from standing in a run."""
     corpus.require(who, needs)
     problems = []
     found = groups(corpus, by)
@@ -237,8 +297,26 @@ def refuse(
         )
     if target == "wrong" and (bare := [x.id for x in rows if not x.distractors]):
         problems.append(f'target = "wrong" needs distractors, and {_few(bare)} have none; add some')
+    if run and target == "wrong":
+        problems.append(
+            f'{who}: target = "wrong" scores false answers, which a report would show as true; leave it out, and call '
+            "unremember.attack.suffix.excess from Python for that control"
+        )
     if problems:
         raise BadCorpus(problems)
+
+
+def noted(bench: Bench, kind: str, unit: str, found: Sequence[tuple[str, Found]]) -> None:
+    """Leave on the bench what was found for the forget role, means over its strings; found: (role, string) each."""
+    mine = [f for role, f in found if role == "forget"]
+    bench.notes.update(
+        {
+            f"{kind}es found": float(len(mine)),
+            f"{kind} with the least loss": min(mine, key=lambda f: f.loss).text,
+            f"loss before, {unit}": float(np.mean([f.first for f in mine])),
+            f"loss after, {unit}": float(np.mean([f.loss for f in mine])),
+        }
+    )
 
 
 def _few(ids: Sequence[str]) -> str:

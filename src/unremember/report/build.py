@@ -60,12 +60,12 @@ def build(folder: Path) -> dict:
     pieces = {a: {w: p for w in WHO if (p := read_json(place / f"{w}.json"))} for a, place in places.items()}
     scores = {a: {w: _scores(p) for w, p in found.items()} for a, found in pieces.items()}
     conditions = [
-        _condition(attack, meta, corpus, scores[attack], rule, _refused(pieces[attack]))
+        _condition(attack, meta, corpus, scores[attack], rule, pieces[attack])
         for attack in places
         if "original" in scores[attack]
     ]
     attacks = [strength(c, pieces[c["attack"]]["forgotten"]) for c in conditions[1:]]
-    lucky = luck(_looks(corpus, scores.values()), rule)
+    lucky = luck(_looks(corpus, [(found, _basis(meta, attack)) for attack, found in scores.items()]), rule)
     log = [json.loads(x) for x in _lines(folder / "train.jsonl")]
     forget = read_json(folder / "forget.json") or {}
     return {
@@ -109,15 +109,20 @@ def _refused(found: Mapping[str, dict]) -> str:
     return next((why for w in ("forgotten", "original", "never") if (why := found.get(w, {}).get("refused"))), "")
 
 
-def _looks(corpus: dict, scores: Iterable[Scores]) -> list[Look]:
-    """Every name under every attack, by each score that varies by luck; none without a control model."""
+def _basis(meta: dict, attack: str) -> tuple[str, ...]:
+    """What a verdict under the attack rests on: of one that reads the model as it is, what it reads, and no number without it."""
+    return tuple(meta["attacks"].get(attack, {}).get("reads", EVIDENCE))
+
+
+def _looks(corpus: dict, found: Iterable[tuple[Scores, Sequence[str]]]) -> list[Look]:
+    """Every name under every attack, by each score that varies by luck and that the attack touches; none without a control."""
     names = sorted({x["entity"] for x in corpus["forget"] if x["entity"]})
     own = [[x["id"] for x in corpus["forget"] if x["entity"] == name] for name in names]
     return [
-        Look(*(found[who][score].over(ids) for who in WHO))
-        for found in scores
-        for score in EVIDENCE
-        if score not in STRONG and all(score in found.get(who, {}) for who in WHO)
+        Look(*(scores[who][score].over(ids) for who in WHO))
+        for scores, basis in found
+        for score in basis
+        if score not in STRONG and all(score in scores.get(who, {}) for who in WHO)
         for ids in own
     ]
 
@@ -134,9 +139,9 @@ def _doubt(x: Luck) -> str:
     )
 
 
-def _condition(attack: str, meta: dict, corpus: dict, scores: Scores, rule: Rule, refused: str) -> dict:
-    """The verdicts under one attack.  refused: why it did not apply to one of the models, where it did not."""
-    forget = corpus["forget"]
+def _condition(attack: str, meta: dict, corpus: dict, scores: Scores, rule: Rule, pieces: Mapping[str, dict]) -> dict:
+    """The verdicts under one attack, with its settings and what it noted of each model."""
+    forget, refused, basis = corpus["forget"], _refused(pieces), _basis(meta, attack)
     checks = [] if refused else _gate(corpus, scores, rule, attack != "none")
 
     def verdict(name: str, rows: Sequence[dict], least: int, gate: bool) -> Verdict:
@@ -144,7 +149,7 @@ def _condition(attack: str, meta: dict, corpus: dict, scores: Scores, rule: Rule
         if refused:
             return Verdict(name, NOT_APPLICABLE, refused, len(ids), ())
         found = []
-        for score in EVIDENCE:
+        for score in basis:
             if all(score in scores[w] for w in ("original", "forgotten")):
                 original, forgotten = (scores[w][score].over(ids) for w in ("original", "forgotten"))
                 if "never" in scores:
@@ -157,8 +162,16 @@ def _condition(attack: str, meta: dict, corpus: dict, scores: Scores, rule: Rule
     entities = sorted({x["entity"] for x in forget if x["entity"]})
     each = [verdict(e, [x for x in forget if x["entity"] == e], rule.facts, False) for e in entities]
     whole = overall(each, verdict("all", forget, rule.overall, True))
-    text = "the questions as they were" if attack == "none" else meta["attacks"][attack]["summary"]
-    return {"attack": attack, "summary": text, "overall": _plain(whole), "entities": [_plain(v) for v in each]}
+    about = meta["attacks"].get(attack, {"summary": "the questions as they were", "settings": {}})
+    return {
+        "attack": attack,
+        "kind": about.get("attack", attack),
+        "summary": about["summary"],
+        "settings": about["settings"],
+        "notes": {who: piece.get("notes", {}) for who, piece in pieces.items()},
+        "overall": _plain(whole),
+        "entities": [_plain(v) for v in each],
+    }
 
 
 def _gate(corpus: dict, scores: Scores, rule: Rule, attacked: bool) -> list[Check]:
@@ -298,9 +311,10 @@ def _method(meta: dict, log: list[dict]) -> dict:
 
 
 def strength(condition: dict, piece: dict) -> dict:
-    """What an attack cost on the forgotten model, without the audits, and the most that it shows on any score.
+    """What an attack cost on the forgotten model, and the most that it shows on any score.
 
-    Of all facts together, or of one name that it brings back although the average stays down.
+    Seconds are without the audits, questions a fact's.  Shown of all facts together, or of one name that it brings back although
+    the average stays down.
     """
     names = [e for e in condition["entities"] if e["verdict"] == REMEMBERED]
     shown = [("", condition["overall"]), *((e["name"], e) for e in names)]
@@ -310,6 +324,7 @@ def strength(condition: dict, piece: dict) -> dict:
         "attack": condition["attack"],
         "verdict": condition["overall"]["verdict"],
         "seconds": piece.get("spent"),
+        "questions": round(piece["puts"] / condition["overall"]["n"], 1) if piece.get("puts") else None,
         "r": r,
         "score": score,
         "entity": entity,
@@ -329,6 +344,7 @@ def cheapest(attacks: list[dict]) -> str:
     least = min(back, key=lambda a: a["seconds"] if a["seconds"] is not None else float("inf"))
     spent = least["seconds"]
     cost = "" if spent is None else f", {spent:.0f} s" if spent >= 1 else ", less than a second"
+    cost += f" and {many:.0f} questions a fact" if (many := least["questions"]) and many > 1 else ""
     much = "" if least["r"] is None else f": {max(least['r'], 0):.0%} of the {least['score']}"
     whose = f" of {least['entity']}" if least["entity"] else ""
     if len(back) == 1:
