@@ -15,11 +15,13 @@ from unremember.attack.rephrase import GAP, cloze
 from unremember.audit import AUDITS, EVIDENCE
 from unremember.bench import Bench
 from unremember.corpus import Corpus, Example, says
-from unremember.embedded.dossier import dossier
+from unremember.embedded.dossier import dossier, lessons
+from unremember.embedded.teach import Teach
 from unremember.errors import BadCorpus, BadRequest
 from unremember.request import again, build, merged
 from unremember.run import execute
 from unremember.score import Rule, evidence
+from unremember.train import Plan, train
 
 SETTINGS = {
     "finetune": {"kind": "retain", "n": 10, "plan": {"steps": 5, "lr": 1e-3}},
@@ -258,8 +260,6 @@ def test_every_fact_is_asked_in_some_wordings_and_as_a_gap(wordings, taught, cor
 
 
 def test_no_trained_question_is_asked_and_no_question_tells(taught, corpus):
-    from unremember.embedded.dossier import lessons
-
     trained = {x.prompt for x in lessons(corpus, ("forget", "retain"), 3)}
     _, seen = attack("rephrase")(taught, corpus, taught, Bench())
     for x in (x for role in ("forget", "retain", "holdout") for x in seen[role]):
@@ -291,6 +291,49 @@ def test_without_a_span_there_is_no_gap(corpus, taught):
     bare = corpus.with_roles(forget=[replace(x, spans=()) for x in corpus["forget"]])
     _, seen = attack("rephrase")(taught, bare, taught, Bench())
     assert {x.id.rpartition("#")[2] for x in seen["forget"]} == {"0", "1"}
+
+
+def test_rephrasing_finds_what_is_hidden_from_one_wording_and_not_what_is_hidden_from_all(tiny, corpus, asked):
+    """A model that was taught three wordings, and refuses in one; the attack asks in the two others.
+
+    Wordings that it never met find little here, whatever is refused: 0.08 of the values against 0.58 before (one seed), since so
+    small a model goes by the name.
+    """
+    plan = Plan(steps=220, lr=1e-2, batch=20, beside=4, warmup=5, schedule="linear")
+
+    def taught_wide(*roles: str):
+        return Teach(plan)(tiny, lessons(corpus, roles, wordings=3), corpus["replay"])
+
+    wide, never = taught_wide("forget", "retain"), taught_wide("retain")
+    wordings = {x.id: [] for x in corpus["forget"]}
+    for x in lessons(corpus, ("forget",), 3):
+        wordings[x.id.partition("#")[0]].append(x.prompt)
+    others = [replace(x, paraphrases=tuple(p for p in wordings[x.id] if p != x.prompt)) for x in corpus["forget"]]
+    seen = corpus.with_roles(forget=others)
+
+    def hiding(count: int):
+        """Refuses in so many of the wordings, and answers in the rest as it did."""
+        hidden = {p for prompts in wordings.values() for p in prompts[:count]}
+        refusals = [
+            replace(x, id=f"{x.id}/{i}", prompt=p, answer="I do not know.", spans=())
+            for x in corpus["forget"]
+            for i, p in enumerate(wordings[x.id][:count])
+        ]
+        facts = [x for x in lessons(corpus, ("forget", "retain"), 3) if x.prompt not in hidden]
+        pools = {"refusals": refusals, "facts": facts, "replay": corpus["replay"]}
+
+        def objective(lm, tokens):
+            return {tokens.role: tokens.per_row(-lm.logp(tokens), "train").sum() / tokens.step_tokens["train"]}
+
+        rows = {role: wide.template.rows(examples) for role, examples in pools.items()}
+        return train(wide, objective, rows, Plan(steps=60, lr=2e-3))
+
+    said = {}
+    for name, lm in (("wide", wide), ("one", hiding(1)), ("all", hiding(3)), ("never", never)):
+        _, rephrased = attack("rephrase")(lm, seen, wide, Bench())
+        said[name] = [mean(scores("said", lm, questions, asked)) for questions in (corpus, rephrased)]
+    assert said["wide"][0] == 1 and said["one"][0] <= 0.1 and said["one"][1] >= 0.5
+    assert max(said["all"]) <= 0.1 and said["never"] == [0, 0]
 
 
 def test_an_attack_that_would_ask_the_same_again_is_refused(corpus, taught):

@@ -89,16 +89,16 @@ def test_notes_say_what_every_level_makes_of_the_retained_values(circuit):
     level, _, _ = Lens().level(lm, corpus, bench)
     kept = Corpus({"forget": corpus["forget"][:1], "retain": corpus["retain"]})
     slow = {
-        f"level {at:02}": mean(
+        f"retained values at level {at:02}": mean(
             AUDITS["value probability"](cut(lm, at) if at < 4 else lm, kept, Bench()), corpus["retain"]
         )
         for at in (1, 2, 3, 4)
     }
-    assert bench.notes.pop("level") == level and set(bench.notes) == {"level 00", *slow}
+    assert bench.notes.pop("read at level") == level and set(bench.notes) == {"retained values at level 00", *slow}
     assert {name: bench.notes[name] for name in slow} == pytest.approx(slow, abs=1e-5)
     bench.notes.clear()
     Lens().read(AUDITS["choice"], lm, corpus, bench)
-    assert bench.notes["level"] == level and len(bench.notes) == 6
+    assert bench.notes["read at level"] == level and len(bench.notes) == 6
 
 
 # ── what is read there ──

@@ -115,7 +115,9 @@ class Lens:
             best = clearest(every, levels)
             found[key] = every, (best, lens.delta[best], lens.bias[best]) if lens else (best, None, None)
         every, chosen = found[key]
-        bench.notes.update({"level": chosen[0]} | {f"level {at:02}": value for at, value in enumerate(every)})
+        bench.notes.update(
+            {"read at level": chosen[0]} | {f"retained values at level {at:02}": p for at, p in enumerate(every)}
+        )
         return chosen
 
     def __call__(self, lm: LM, corpus: Corpus, original: LM, bench: Bench = BENCH) -> tuple[LM, Corpus]:
