@@ -445,14 +445,15 @@ def stages(shape: Shape) -> str:
     plain, tuned = total(shape), 16 * total(shape)  # weight, gradient and two moments of four bytes
     rows = [
         ("audit of the original", 1, 4 * plain),
-        ("audit of the never-taught, in the same process", 2, 8 * plain),
+        ("audit of the never-taught", 1, 4 * plain),
         ("forget, all weights: original, its copy", 2, 8 * plain),
         ("forget, all weights, when it ends: original, the result", 2, 8 * plain),
         ("forget, LoRA or RMU: original, which shares its weights", 1, 4 * plain),
         ("forget, LoRA or RMU, when it ends: original, the result", 2, 8 * plain),
-        ("audit of the forgotten", 2, 8 * plain),
-        ("attack `finetune` with a `rank` on it, and its audit: original, forgotten, the result", 3, 12 * plain),
-        ("attack `relearn` on it: original, forgotten, a copy with AdamW", 3, 8 * plain + tuned),
+        ("audit of the forgotten", 1, 4 * plain),
+        ("attack `finetune` with a `rank` on it, and its audit: forgotten, the result", 2, 8 * plain),
+        ("attack `graft` on it: original, forgotten, a copy", 3, 12 * plain),
+        ("attack `relearn` on it: forgotten, a copy with AdamW", 2, 4 * plain + tuned),
     ]
     return markdown(["stage", "models", "GB"],
                     [[a, str(b), f"{c / GB:.0f}"] for a, b, c in rows])  # fmt: skip

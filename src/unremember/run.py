@@ -64,11 +64,13 @@ def execute(
     if "audit" in stages:
         for who in run.models:
             if who != "forgotten" or run.forgotten():
+                run.only(who)
                 run.audit(who)
     if "locate" in stages or "forget" in stages:
         run.locate()
     if "forget" in stages:
         run.forget()
+        run.only("forgotten")
         run.audit("forgotten")
     if "attack" in stages:
         if not run.forgotten():
