@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from unremember import __version__, cli
-from unremember.attack import ATTACKS
+from unremember.attack import ATTACKS, VARIANTS
 from unremember.audit import AUDITS
 from unremember.errors import Diverged
 from unremember.folder import cache
@@ -102,6 +102,7 @@ def test_ls_names_everything(said):
     assert code == 0
     for item in (*METHODS, *AUDITS, *ATTACKS):
         assert re.search(rf"^{re.escape(item)}(?!\w)", out, re.MULTILINE), item
+    assert all(f"{name} ({kind})" in out for name, kind in VARIANTS.items())
     assert "Zhang et al. 2024" in out
 
 

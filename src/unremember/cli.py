@@ -424,7 +424,7 @@ def ls() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from unremember.attack import ATTACKS
+    from unremember.attack import ATTACKS, VARIANTS
     from unremember.audit import AUDITS
     from unremember.forget import METHODS, PRESETS
     from unremember.locate import LOCATORS
@@ -437,6 +437,8 @@ def ls() -> None:
             needs = item.needs if isinstance(item.needs, tuple) else _needs(item, PRESETS.get(name))
             grid.add_row(name, item.summary, item.paper, ", ".join(needs))
         Console().print(grid, "")
+    named = ", ".join(f"{name} ({kind})" for name, kind in VARIANTS.items())
+    Console(soft_wrap=True).print(f"attacks with other settings, by names that are known: {named}", highlight=False)
 
 
 def _needs(kind: Any, preset: dict | None) -> tuple[str, ...]:
