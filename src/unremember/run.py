@@ -61,6 +61,8 @@ def execute(
     here = replace(bench, budget=request.places or bench.budget, recompute=request.recompute or bench.recompute)
     run = Run(request, here, title)
     run.open()
+    if "attack" in stages and "forget" not in stages and not run.forgotten():
+        raise BadFolder(f"{request.out} has no forgotten model yet; run `unremember forget` first")
     if "audit" in stages:
         for who in run.models:
             if who != "forgotten" or run.forgotten():
@@ -73,8 +75,6 @@ def execute(
         run.only("forgotten")
         run.audit("forgotten")
     if "attack" in stages:
-        if not run.forgotten():
-            raise BadFolder(f"{request.out} has no forgotten model yet; run `unremember forget` first")
         now = {name: attack for name, attack in request.attacks.items() if name not in later}
         for who in run.models:
             run.only(who)

@@ -213,6 +213,7 @@ def test_a_half_needs_a_second_fact(corpus):
         {"n": -1},
         {"rank": -1},
         {"alpha": 0},
+        {"alpha": 32},  # and no adapter
         {"fold": 2},
         {"kind": "retain", "fold": 0},
         {"plan": {"steps": 0, "lr": 1}},

@@ -37,6 +37,7 @@ from unremember.train import STRICT, Plan, train
 
 Fold = Literal[0, 1] | None  # which half is shown; None = both, in turn
 Kind = Literal["retain", "unrelated", "half"]
+ALPHA = 16
 ROLE = {"retain": "retain", "unrelated": "prose", "half": "forget"}  # where the texts come from
 
 
@@ -114,7 +115,7 @@ class Finetune:
     plan: Plan
     n: Annotated[int, Field(ge=0)] = 10
     rank: Annotated[int, Field(ge=0)] = 0
-    alpha: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[int, Field(ge=1)] = ALPHA
     fold: Fold = None
 
     needs = ("forget",)
@@ -123,10 +124,17 @@ class Finetune:
     alone = True
 
     def __post_init__(self):
+        problems = []
         if self.fold is not None and self.kind != "half":
-            raise ValueError(
+            problems.append(
                 f"fold = {self.fold} says which half is shown, and kind = {self.kind!r} has none; leave it out"
             )
+        if self.alpha != ALPHA and not self.rank:
+            problems.append(
+                f"alpha = {self.alpha} scales an adapter, and rank = 0 has none; leave it out, or give a rank"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
 
     @property
     def turns(self) -> tuple[Finetune, ...]:
