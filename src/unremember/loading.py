@@ -70,6 +70,16 @@ def check(name: str) -> str:
     raise BadModel(f"model {name!r} is no alias, folder, GGUF file or hub id (owner/name); {nearest(name, MODELS)}")
 
 
+def faults(name: str) -> tuple[str, ...]:
+    """What `check` has against a model's name; nothing where there is none to check."""
+    try:
+        if name:
+            check(name)
+    except BadModel as error:
+        return error.problems
+    return ()
+
+
 def tokenizer_and_limit(name: str) -> tuple[Any, int] | None:
     """A model's tokenizer and longest sequence (0 = unknown), without its weights; None where they are not at hand yet.
 

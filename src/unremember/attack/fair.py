@@ -35,8 +35,8 @@ def anonymous(pool: Sequence[Example], asked: Sequence[Example]) -> tuple[Exampl
     return tuple(x for x in pool if not any(says(f"{x.prompt}\n{x.answer}", name) for name in names))
 
 
-def outsiders(who: str, corpus: Corpus) -> tuple[Example, ...]:
-    """The adversary's own texts, of the relearn role.  BadCorpus where there are none, or they tell what is asked."""
+def outsiders(who: str, corpus: Corpus) -> None:
+    """BadCorpus where the adversary has no texts of its own, of the relearn role, or they tell what is asked."""
     corpus.require(who, ("relearn",))
     shown = "\n".join(f"{x.prompt}\n{x.answer}" for x in corpus["relearn"])
     problems = []
@@ -53,7 +53,6 @@ def outsiders(who: str, corpus: Corpus) -> tuple[Example, ...]:
             )
     if problems:
         raise BadCorpus(problems)
-    return corpus["relearn"]
 
 
 def learnt(who: str, before: LM, after: LM, rows: Sequence[Row], bench: Bench) -> None:

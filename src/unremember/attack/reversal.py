@@ -30,9 +30,9 @@ from torch import Tensor
 from unremember.attack.fair import outsiders
 from unremember.bench import BENCH, Bench
 from unremember.corpus import Corpus, Example
-from unremember.errors import BadCorpus, BadInput, BadModel, BadRequest
+from unremember.errors import BadCorpus, BadModel, BadRequest
 from unremember.lm import LM
-from unremember.loading import check, load
+from unremember.loading import faults, load
 from unremember.tokens import Tokens
 from unremember.train import STRICT, Plan, train
 
@@ -118,11 +118,7 @@ class Reversal:
             )
         if self.seed and not self.control:
             problems.append(f"seed = {self.seed} draws the control's directions, and control is false; leave it out")
-        if self.base:
-            try:
-                check(self.base)
-            except BadInput as error:
-                problems += error.problems
+        problems += faults(self.base)
         if problems:
             raise ValueError("; ".join(problems))
 

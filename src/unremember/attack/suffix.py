@@ -49,7 +49,7 @@ from unremember.corpus import Corpus, Example
 from unremember.errors import BadCorpus, BadInput, BadModel, BadRequest
 from unremember.folder import fingerprint
 from unremember.lm import LM
-from unremember.loading import check, load
+from unremember.loading import faults, load
 from unremember.table import table
 from unremember.tokens import Template
 from unremember.train import STRICT
@@ -158,11 +158,7 @@ class Suffix:
                 f"surrogate = {self.surrogate!r} and scenario = {self.scenario!r}: nobody would search it; leave it out, or take "
                 "scenario = 'neither'"
             )
-        if self.surrogate:
-            try:
-                check(self.surrogate)
-            except BadInput as error:
-                problems += error.problems
+        problems += faults(self.surrogate)
         if problems:
             raise ValueError("; ".join(problems))
 
